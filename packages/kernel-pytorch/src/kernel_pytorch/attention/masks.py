@@ -169,7 +169,7 @@ class LaidMask:
 
     def __post_init__(self) -> None:
         found = (self.keep, self.q_documents, self.bias)
-        fake = any(t is not None and (t.is_meta or is_fake(t)) for t in found)
+        fake = any(t is not None and is_abstract(t) for t in found)
         object.__setattr__(self, "checks", not fake)
 
     @property
@@ -288,6 +288,11 @@ class LaidMask:
     def _device(self) -> torch.device | None:
         found = (self.keep, self.q_documents, self.bias)
         return next((t.device for t in found if t is not None), None)
+
+
+def is_abstract(t: Tensor) -> bool:
+    """True if ``t`` has a shape but no values (meta and fake tensors)."""
+    return t.is_meta or is_fake(t)
 
 
 def _combine(parts: list[Tensor], checks: bool) -> Tile | Tensor:
