@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-sparse attention: the operators, their gradients, and which kernel runs.
+
+``block_sparse_attention`` checks its arguments and calls one custom operator, so that
+autograd, autocast, fake tensors and ``torch.compile(fullgraph=True)`` see a single
+opaque step. Inside it the native kernel runs on float32 and bfloat16 CPU tensors, and
+`block_reference` on everything else. Decisions:
+
+- The lists' values are checked inside the operator, where tensors are real.
+- The compressed remainder's keys and values are made here, by differentiable torch
+  operations; the kernels treat them as one more key for each block.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from kernel_pytorch.attention import native
+from kernel_pytorch.attention.block_index import BlockIndex
+from kernel_pytorch.attention.block_reference import Problem, backward, forward
+from kernel_pytorch.attention.blocks import check_qkv
+from kernel_pytorch.attention.masks import MaskSpec
+from kernel_pytorch.attention.partial import lay_mask
+from torchworks_core.errors import InvalidValue
+
+_MAX_DIM = 256
+_warned = False
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    mask: MaskSpec | None = None,
+    *,
+    scale: float | None = None,
+    remainder: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to the blocks of keys that ``index`` lists, exactly.
+
+    softmax(scale * q k^T + mask) v over the listed blocks. With ``remainder``, a block
+    that isn't listed, and of which every query of the row sees every key, enters as
+    one key: the mean of its keys and values, with the logarithm of its length added to
+    the logit.
+
+    Args:
+        q: [B, H, Nq, D]; any strides.
+        k: [B, Hkv, Nk, D]; H must be a multiple of Hkv.
+        v: Like ``k``.
+        index: For H heads and these lengths.
+        mask: Hides keys inside the listed blocks; positions count from 0 in both
+            queries and keys.
+        scale: Factor of the scores; D ** -0.5 if None.
+        remainder: Let dropped blocks take part by their means.
+        return_lse: Return the log of the softmax's denominator, too.
+
+    Returns:
+        out, like ``q``; with ``return_lse`` also lse [B, H, Nq] in float32 (float64
+        for float64). A query that sees no key gets out 0, lse -inf and no gradient.
+        Both are differentiable in q, k and v, once.
+
+    Raises:
+        InvalidValue: shapes, dtypes, devices or the index don't fit, or the index
+            holds a bad value (the first is named).
+        NotImplementedError: a bias that requires a gradient, or ``remainder`` with
+            a bias.
+        OutOfMemory: no room for the kernel's buffers.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 64, 8)
+        >>> kept = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+        >>> index = BlockIndex.from_block_mask(kept, 16, 64, 64)
+        >>> out = block_sparse_attention(q, k, v, index, MaskSpec(causal=True))
+        >>> dense = torch.nn.functional.scaled_dot_product_attention
+        >>> bool((out - dense(q, k, v, is_causal=True)).abs().max() < 1e-5)
+        True
+    """
+    q, k, v = _autocast(q, k, v)
+    check_qkv(q, k, v)
+    _check_index(q, k, index)
+    lay_mask(mask, q, k)
+    mask = MaskSpec() if mask is None else mask
+    padding, documents, bias = _parts(mask, q, k)
+    if remainder and bias is not None:
+        raise NotImplementedError(
+            "remainder=True with mask.bias: whether a dropped block may enter by its "
+            "mean can't be told from a bias. Leave one of them out."
+        )
+    extra_k, extra_v = _block_means(k, v, index, mask) if remainder else (None, None)
+    # A window longer than both inputs is none, and needs no 64-bit care in the kernel.
+    window = min(mask.window or 0, q.shape[2] + k.shape[2])
+    out, lse = _forward(
+        q,
+        k,
+        v,
+        index.counts,
+        index.blocks,
+        padding,
+        documents,
+        bias,
+        extra_k,
+        extra_v,
+        index.block_size,
+        mask.causal,
+        window,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
+    return (out, lse) if return_lse else out
+
+
+def kernel_for(q: Tensor, index: BlockIndex, mask: MaskSpec | None = None) -> str:
+    """Name the kernel that `block_sparse_attention` runs for these arguments.
+
+    Returns:
+        ``"native-avx512"``, ``"native-avx2"``, ``"native-generic"`` or
+        ``"reference"``.
+    """
+    has_bias = mask is not None and mask.bias is not None
+    if not _fits(q, index.block_size, has_bias):
+        return "reference"
+    status = native.native_status()
+    return f"native-{status.isa}" if status.available else "reference"
+
+
+@torch.library.custom_op("kernel_pytorch::block_sparse_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    blocks: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    bias: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    block_size: int,
+    causal: bool,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(
+        q,
+        k,
+        v,
+        counts,
+        blocks,
+        key_padding,
+        documents,
+        bias,
+        extra_k,
+        extra_v,
+        block_size,
+        causal,
+        window,
+        scale,
+    )
+    if not _is_native(problem):
+        _validate(problem)
+        return forward(problem)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _call("forward", problem, {"out": out, "lse": lse})
+    return out, lse
+
+
+@torch.library.custom_op("kernel_pytorch::block_sparse_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    blocks: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    bias: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    block_size: int,
+    causal: bool,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(
+        q,
+        k,
+        v,
+        counts,
+        blocks,
+        key_padding,
+        documents,
+        bias,
+        extra_k,
+        extra_v,
+        block_size,
+        causal,
+        window,
+        scale,
+    )
+    if not _is_native(problem):
+        _validate(problem)
+        dq, dk, dv, dek, dev = backward(problem, out, lse, d_out, d_lse)
+        return dq, dk, dv, dek, dev
+    dq, dk, dv, dek, dev = _empty_gradients(q, k, v, extra_k, extra_v)
+    tensors = {"dout": d_out, "dlse": d_lse, "out": out, "lse": lse}
+    tensors |= {"dq": dq, "dk": dk, "dv": dv, "dextra_k": dek, "dextra_v": dev}
+    _call("backward", problem, tensors)
+    return dq, dk, dv, dek, dev
+
+
+@_forward.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=kind)
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    d_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    blocks: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    bias: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(q, k, v, extra_k, extra_v)
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None
+) -> tuple[Tensor, ...]:
+    extra = [q.new_empty(0) if t is None else t for t in (extra_k, extra_v)]
+    return tuple(t.new_empty(t.shape) for t in (q, k, v, *extra))
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:10])
+    ctx.numbers = inputs[10:]
+
+
+def _differentiate(ctx, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    out, lse, q, *rest = ctx.saved_tensors
+    # Where nothing but one of the two results was used, the other's gradient is None.
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
+    grads = _backward(d_out, d_lse, out, lse, q, *rest, *ctx.numbers)
+    extra = (None, None) if rest[-1] is None else grads[3:]
+    return *grads[:3], None, None, None, None, None, *extra, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _fits(q: Tensor, block_size: int, has_bias: bool) -> bool:
+    """Could the native kernel run this?"""
+    right = q.device.type == "cpu" and native.dtype_code(q.dtype) is not None
+    size = block_size % 16 == 0 and 16 <= block_size <= 256
+    return right and size and not has_bias and 0 < q.shape[-1] <= _MAX_DIM
+
+
+def _is_native(p: Problem) -> bool:
+    global _warned
+    if not _fits(p.q, p.block_size, p.bias is not None):
+        return False
+    if not p.q.numel() or not p.k.numel():
+        return False
+    status = native.native_status()
+    if not status.available and not _warned:
+        _warned = True
+        text = f"block-sparse attention runs without its native kernel: {status.reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return status.available
+
+
+def _call(name: str, p: Problem, results: dict[str, Tensor]) -> None:
+    """Run the native kernel on a problem that it fits."""
+    weight = None if p.extra_k is None else p.extra_weight()
+    tensors = {"q": p.q, "k": p.k, "v": p.v, "counts": p.counts, "blocks": p.blocks}
+    tensors |= {"key_padding": p.key_padding, "documents": p.documents}
+    tensors |= {"extra_k": p.extra_k, "extra_v": p.extra_v, "extra_weight": weight}
+    tensors |= results
+    ready = {n: _dense(n, t) for n, t in tensors.items() if t is not None}
+    sizes = zip(("batch", "heads", "q_len", "dim"), p.q.shape, strict=True)
+    done = native.call(
+        name,
+        ready,
+        **dict(sizes),
+        kv_heads=p.k.shape[1],
+        kv_len=p.k.shape[2],
+        index_batch=p.counts.shape[0],
+        width=p.blocks.shape[-1],
+        block=p.block_size,
+        positions=0 if p.documents is None else p.documents.shape[1],
+        causal=int(p.causal),
+        window=p.window,
+        scale=p.scale,
+        dtype=native.dtype_code(p.q.dtype) or 0,
+    )
+    if not done:
+        _validate(p)
+        raise RuntimeError(f"the native kernel refused {name} arguments of {p}")
+
+
+def _dense(name: str, tensor: Tensor) -> Tensor:
+    """Make the strides what the kernel can read."""
+    if name in ("q", "k", "v", "dout") and tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _validate(p: Problem) -> None:
+    size, q_len, kv_len = p.block_size, p.q.shape[2], p.k.shape[2]
+    BlockIndex(p.counts, p.blocks, size, q_len, kv_len).validate()
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Cast as autocast does for torch's own attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    kind = torch.get_autocast_dtype(device)
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(kind) if t.dtype in narrow else t for t in tensors]
+
+
+def _check_index(q: Tensor, k: Tensor, index: BlockIndex) -> None:
+    batch, heads, q_len, _ = q.shape
+    shapes = f"index of counts {tuple(index.counts.shape)}"
+    if (index.q_len, index.kv_len) != (q_len, k.shape[2]):
+        why = f"q {tuple(q.shape)} and k {tuple(k.shape)} have other lengths"
+        lengths = f", q_len {index.q_len}, kv_len {index.kv_len}"
+        raise InvalidValue(shapes + lengths, why)
+    if index.counts.shape[0] not in (1, batch) or index.counts.shape[1] != heads:
+        raise InvalidValue(shapes, f"q is {tuple(q.shape)}")
+    if index.counts.device != q.device:
+        raise InvalidValue(f"index on {index.counts.device}", f"q is on {q.device}")
+
+
+def _parts(
+    mask: MaskSpec, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The mask's tensors, for the whole batch and as long as q and k."""
+    padding, documents, bias = mask.key_padding, mask.documents, mask.bias
+    if padding is not None:
+        padding = padding[:, : k.shape[2]].expand(len(q), -1)
+    if documents is not None:
+        length = max(q.shape[2], k.shape[2])
+        documents = documents[:, :length].expand(len(q), -1).to(torch.int64)
+    if bias is not None:
+        bias = bias.detach().reshape((1,) * (4 - bias.ndim) + bias.shape)
+        rows, columns = q.shape[2], k.shape[2]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, :rows]
+        bias = bias if bias.shape[3] == 1 else bias[..., :columns]
+    return padding, documents, bias
+
+
+def _block_means(
+    k: Tensor, v: Tensor, index: BlockIndex, mask: MaskSpec
+) -> list[Tensor]:
+    """Mean key and value of each block, [B, Hkv, Tk, D]; padded keys count as 0."""
+    size, blocks, kv_len = index.block_size, index.kv_blocks, k.shape[2]
+    start = torch.arange(blocks, device=k.device) * size
+    lengths = (kv_len - start).clamp(max=size)[:, None]
+    means = []
+    for tensor in (k, v):
+        if mask.key_padding is not None:
+            hidden = ~mask.key_padding[:, None, :kv_len, None]
+            tensor = tensor.masked_fill(hidden, 0.0)
+        whole = torch.nn.functional.pad(tensor, (0, 0, 0, blocks * size - kv_len))
+        kind = torch.promote_types(tensor.dtype, torch.float32)
+        total = whole.unflatten(2, (blocks, size)).sum(3, dtype=kind)
+        means.append((total / lengths).to(tensor.dtype))
+    return means
