@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Partial attention and merging against dense attention in float64."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def check(function, tensors, mask, with_lse=True, tolerance=1e-5, **options):
 def test_every_mask(kind, with_lse):
     mask = MaskSpec(**mask_parts(2, 4, 37)[kind])
     check(lambda *t: partial_attention(*t, mask), inputs(), mask, with_lse)
+
+
+@pytest.mark.critical
+def test_every_combination_of_parts():
+    parts = mask_parts(2, 4, 30)["everything"]
+    tensors = inputs(n=30)
+    for size in range(2, len(parts) + 1):
+        for names in itertools.combinations(parts, size):
+            mask = MaskSpec(**{name: parts[name] for name in names})
+            check(lambda *t, m=mask: partial_attention(*t, m), tensors, mask)
 
 
 @pytest.mark.fast

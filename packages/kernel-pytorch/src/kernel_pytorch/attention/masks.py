@@ -190,7 +190,7 @@ class LaidMask:
             return EMPTY
         rows, columns = self.rows[q0:q1], self.columns[k0:k1]
         parts = [
-            self._by_position(rows, columns),
+            self.by_position(rows, columns),
             self._by_padding(k0, k1),
             self._by_document(q0, q1, k0, k1),
             self._by_bias(q0, q1, k0, k1),
@@ -228,7 +228,8 @@ class LaidMask:
             seen = same if seen is None else seen & same
         return None if seen is None else seen.any(0)
 
-    def _by_position(self, rows: Positions, columns: Positions) -> Tile | Tensor:
+    def by_position(self, rows: Positions, columns: Positions) -> Tile | Tensor:
+        """As `tile`, from causal and window alone, which need positions only."""
         low, high = self.span
         (q_min, q_max), (k_min, k_max) = _ends(rows), _ends(columns)
         least, most = q_min - k_max, q_max - k_min

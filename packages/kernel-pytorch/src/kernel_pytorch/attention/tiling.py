@@ -263,18 +263,18 @@ def _call_backward(
 def _whole(laid: LaidMask) -> Call | None:
     """The one call that covers everything, if the mask is the same for all rows."""
     rows, columns, bias = laid.rows, laid.columns, laid.bias
-    if laid.window is not None or laid.q_documents is not None or not len(rows):
+    if laid.q_documents is not None or not len(rows) or not len(columns):
         return None
-    if (bias is not None and bias.shape[2] > 1) or not len(columns):
+    if bias is not None and bias.shape[2] > 1:
         return None
-    same = isinstance(rows, range) and rows == columns
-    if laid.causal and not same:
+    diagonal = _on_diagonal(laid, 0, len(rows), 0, len(columns))
+    if not diagonal and laid.by_position(rows, columns) is not FULL:
         return None
     free = LaidMask(False, None, rows, columns, keep=laid.keep, bias=bias)
     tile = free.tile(0, len(rows), 0, len(columns))
     if tile is EMPTY:
         return None
-    return Call(0, len(rows), 0, len(columns), laid.causal, _tensor(tile))
+    return Call(0, len(rows), 0, len(columns), diagonal, _tensor(tile))
 
 
 def _calls(laid: LaidMask, q0: int, q1: int, limit: int, bounded: bool) -> list[Call]:
@@ -318,13 +318,13 @@ def _cuts(laid: LaidMask, q0: int, q1: int, limit: int) -> Iterator[tuple[int, i
     first, end = laid.keys_of(q0, q1)
     rows, columns = laid.rows, laid.columns
     step = max(64, min(_KEYS, limit // (q1 - q0)))
-    at = None
+    edges = {first, end, *range(first, end, step)}
     if laid.causal and isinstance(rows, range) and isinstance(columns, range):
         at = rows[q0] - columns.start
-    edges = {first, end, *range(first, end, step)}
-    if at is not None and first < end and _on_diagonal(laid, q0, q1, at, at + q1 - q0):
-        edges = {e for e in edges if not at < e < at + q1 - q0}
-        edges |= {e for e in (at, at + q1 - q0) if first <= e <= end}
+        past = at + q1 - q0
+        if first < past and at < end and _on_diagonal(laid, q0, q1, at, past):
+            edges = {edge for edge in edges if edge <= at or edge >= past}
+            edges |= {at, past}
     ordered = sorted(edges)
     return itertools.pairwise(ordered)
 

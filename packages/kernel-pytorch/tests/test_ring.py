@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ring attention over four gloo processes, against one device in float64."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ring_cases
+from reference import dense_attention, mask_parts
+
+from kernel_pytorch.attention.masks import EMPTY, MaskSpec
+from kernel_pytorch.attention.ring import ring_attention, ring_stats
+from kernel_pytorch.attention.shards import ShardPlan
+
+WORLDS = ("1", "2", "3", "4")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Run all ranks once; a report for each, with rank 2's from before its death."""
+    folder = tmp_path_factory.mktemp("ring")
+    context = mp.get_context("spawn")
+    processes = [
+        context.Process(target=ring_cases.worker, args=(rank, str(folder)))
+        for rank in range(ring_cases.RANKS)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=240)
+        if process.is_alive():
+            process.kill()
+    assert [p.exitcode for p in processes] == [0, 0, 7, 0]
+    return [
+        json.loads((folder / f"rank{rank}.json").read_text())
+        for rank in range(ring_cases.RANKS)
+    ]
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("world", WORLDS)
+def test_out_and_gradients(reports, world):
+    errors = {
+        (rank, name): error
+        for rank, report in enumerate(reports)
+        for name, error in report["errors"].items()
+        if name.startswith(f"P{world}-")
+    }
+    assert len(errors) == int(world) * len(ring_cases.cases())
+    wrong = {
+        key: error
+        for key, error in errors.items()
+        if error > (2e-2 if "bf16" in key[1] else 1e-5)
+    }
+    assert not wrong
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("world", WORLDS)
+def test_work_is_balanced_and_bytes_are_what_must_travel(reports, world):
+    n, p = 480, int(world)
+    found = [r["stats"][world] for r in reports if world in r["stats"]]
+    assert len(found) == p
+    one_hop = 2 * 2 * (n // p) * 16 * 4  # K and V, two heads, fp32
+    for stats in found:
+        for passed in stats["causal"]:
+            assert passed["pairs"] <= 1.01 * n * n / 2 / p
+        for passed in stats["full"]:
+            assert passed["pairs"] <= 1.01 * n * n / p
+        assert stats["causal"][0]["bytes_sent"] == (p - 1) * one_hop
+        gradients_home = p * one_hop if p > 1 else 0
+        there_and_back = (p - 1) * one_hop + gradients_home
+        assert stats["causal"][1]["bytes_sent"] == there_and_back
+    if p == 4:
+        share = max(s["causal contiguous"][0]["pairs"] for s in found)
+        assert share > 1.5 * n * n / 2 / p
+
+
+@pytest.mark.critical
+def test_hops_that_no_rank_needs_are_cut(reports):
+    n, p = 480, 4
+    hop = 2 * 2 * (n // p) * 16 * 4
+    for report in reports:
+        stats = report["stats"]["4"]
+        assert stats["window"][0]["steps"] == 2
+        assert stats["window"][0]["bytes_sent"] == hop
+        assert stats["window zigzag"][0]["steps"] == 3
+        assert stats["documents"][0]["steps"] == 1
+        assert stats["documents"][0]["bytes_sent"] == 0
+        assert stats["documents"][1]["bytes_sent"] == 0
+        assert stats["documents"][0]["pairs"] <= (n // p) ** 2
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("causal", "disagree on causal: rank 0 has False, rank 1 has True"),
+        ("window", "disagree on window: rank 0 has 6, rank 1 has 5"),
+        ("layout", "disagree on layout: rank 0 has zigzag, rank 1 has contiguous"),
+        ("bad layout", "rank 1: InvalidValue: layout='spiral'"),
+        ("scale", "disagree on scale: rank 0 has 0.25, rank 1 has 0.5"),
+        ("dtype", "disagree on dtype: rank 0 has float32, rank 1 has float64"),
+        ("rank of q", "rank 1: InvalidValue: q (2, 4, 8)"),
+        ("batch", "disagree on batch: rank 0 has 1, rank 1 has 2"),
+        ("not a tensor", "rank 1: AttributeError"),
+        ("total_length", "disagree on total_length: rank 0 has 16, rank 1 has 15"),
+        ("gradient", "disagree on needs_gradient: rank 0 has False, rank 1 has True"),
+        ("padding", "disagree on key_padding: rank 0 has None, rank 1 has torch.bool"),
+        ("short padding", "rank 1: InvalidValue: key_padding of shape (1, 3)"),
+        ("bias with grad", "NotImplementedError: mask.bias"),
+    ],
+)
+def test_ranks_that_disagree_raise_the_same_error(reports, name, told):
+    messages = {report["disagreements"][name] for report in reports}
+    assert len(messages) == 1
+    message = messages.pop()
+    assert told in message
+    assert message.startswith(("InvalidValue", "NotImplementedError"))
+
+
+@pytest.mark.critical
+def test_a_dead_rank_makes_the_others_raise(reports):
+    for rank in (0, 1, 3):
+        told, seconds = reports[rank]["death"]
+        assert told != "nothing raised"
+        assert seconds < ring_cases.TIMEOUT + 10
+    assert "death" not in reports[2]
+
+
+@pytest.mark.fast
+@settings(max_examples=60, deadline=None)
+@given(
+    world=st.integers(1, 6),
+    total=st.integers(1, 60),
+    layout=st.sampled_from(["zigzag", "contiguous"]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 30),
+)
+def test_cut_steps_are_those_that_nobody_needs(world, total, layout, causal, window):
+    plan = ShardPlan(causal, window, world, total, layout, 1.0)
+    mask = MaskSpec(causal=causal, window=window)
+    needed = {0}
+    for rank in range(world):
+        for source in range(world):
+            if any(
+                mask.tile(i, i + 1, j, j + 1) is not EMPTY
+                for _, rows in plan.parts(rank)
+                for _, columns in plan.parts(source)
+                for i in rows
+                for j in columns
+            ):
+                needed.add((rank - source) % world)
+    assert set(plan.steps()) == needed
+    everything = [i for r in range(world) for _, part in plan.parts(r) for i in part]
+    assert sorted(everything) == list(range(total))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", list(mask_parts(1, 1, 8)))
+def test_no_group_is_one_device(kind):
+    mask = MaskSpec(**mask_parts(2, 2, 30)[kind])
+    q, k, v = (torch.randn(2, 2, 30, 8) for _ in range(3))
+    out = ring_attention(q, k, v, mask, group=None)
+    wanted, _ = dense_attention(q, k, v, mask)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert (ring_stats().steps, ring_stats().bytes_sent) == (1, 0)
+
+
+@pytest.mark.fast
+def test_one_device_errors():
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="even length"):
+        ring_attention(q, q, q, group=None)
+    with pytest.raises(ValueError, match="layout='spiral'"):
+        ring_attention(q, q, q, group=None, layout="spiral")
+    with pytest.raises(ValueError, match="make shards of 4"):
+        ring_attention(q, q, q, group=None, total_length=4)
