@@ -14,6 +14,7 @@ opaque step. Inside it the native kernel runs on float32 and bfloat16 CPU tensor
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def block_sparse_attention(
     extra_k, extra_v = _block_means(k, v, index, mask) if remainder else (None, None)
     # A window longer than both inputs is none, and needs no 64-bit care in the kernel.
     window = min(mask.window or 0, q.shape[2] + k.shape[2])
-    out, lse = _forward(
+    out, lse = torch.ops.kernel_pytorch.block_sparse_forward(
         q,
         k,
         v,
@@ -130,8 +131,7 @@ def kernel_for(q: Tensor, index: BlockIndex, mask: MaskSpec | None = None) -> st
     return f"native-{status.isa}" if status.available else "reference"
 
 
-@torch.library.custom_op("kernel_pytorch::block_sparse_forward", mutates_args=())
-def _forward(
+def _run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -172,8 +172,7 @@ def _forward(
     return out, lse
 
 
-@torch.library.custom_op("kernel_pytorch::block_sparse_backward", mutates_args=())
-def _backward(
+def _run_backward(
     d_out: Tensor,
     d_lse: Tensor,
     out: Tensor,
@@ -220,14 +219,12 @@ def _backward(
     return dq, dk, dv, dek, dev
 
 
-@_forward.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=kind)
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     d_out: Tensor,
     d_lse: Tensor,
     out: Tensor,
@@ -264,12 +261,31 @@ def _differentiate(ctx, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ..
     # Where nothing but one of the two results was used, the other's gradient is None.
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
-    grads = _backward(d_out, d_lse, out, lse, q, *rest, *ctx.numbers)
+    run = torch.ops.kernel_pytorch.block_sparse_backward
+    grads = run(d_out, d_lse, out, lse, q, *rest, *ctx.numbers)
     extra = (None, None) if rest[-1] is None else grads[3:]
     return *grads[:3], None, None, None, None, None, *extra, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+def _register(name: str, run: Callable, fake: Callable) -> str:
+    """Define an operator; returns its full name.
+
+    Not by ``torch.library.custom_op``: its first call imports all of torch._dynamo,
+    which takes seconds.
+    """
+    full = f"kernel_pytorch::{name}"
+    torch.library.define(full, torch.library.infer_schema(run, mutates_args=()))
+    torch.library.impl(full, "CompositeExplicitAutograd", run)
+    torch.library.register_fake(full, fake)
+    return full
+
+
+_register("block_sparse_backward", _run_backward, _fake_backward)
+torch.library.register_autograd(
+    _register("block_sparse_forward", _run_forward, _fake_forward),
+    _differentiate,
+    setup_context=_save,
+)
 
 
 def _fits(q: Tensor, block_size: int, has_bias: bool) -> bool:
