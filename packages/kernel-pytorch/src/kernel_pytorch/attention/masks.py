@@ -33,6 +33,7 @@ class Tile(enum.Enum):
 
 
 EMPTY, FULL = Tile.EMPTY, Tile.FULL
+INF = float("inf")
 Positions = range | Tensor
 
 
@@ -175,7 +176,7 @@ class LaidMask:
     @property
     def span(self) -> tuple[float, float]:
         """Smallest and largest allowed difference of query and key position."""
-        high = float("inf") if self.window is None else self.window - 1
+        high = INF if self.window is None else self.window - 1
         return (0 if self.causal else -high), high
 
     @cached_property
@@ -190,7 +191,7 @@ class LaidMask:
             return EMPTY
         rows, columns = self.rows[q0:q1], self.columns[k0:k1]
         parts = [
-            self.by_position(rows, columns),
+            self._seen(rows, columns),
             self._by_padding(k0, k1),
             self._by_document(q0, q1, k0, k1),
             self._by_bias(q0, q1, k0, k1),
@@ -228,20 +229,25 @@ class LaidMask:
             seen = same if seen is None else seen & same
         return None if seen is None else seen.any(0)
 
-    def by_position(self, rows: Positions, columns: Positions) -> Tile | Tensor:
-        """As `tile`, from causal and window alone, which need positions only."""
+    def by_position(self, rows: Positions, columns: Positions) -> Tile | None:
+        """EMPTY, FULL, or None for mixed, from causal and window alone."""
         low, high = self.span
         (q_min, q_max), (k_min, k_max) = _ends(rows), _ends(columns)
         least, most = q_min - k_max, q_max - k_min
         if most < low or least > high:
             return EMPTY
-        if least >= low and most <= high:
-            return FULL
+        return FULL if least >= low and most <= high else None
+
+    def _seen(self, rows: Positions, columns: Positions) -> Tile | Tensor:
+        """As `tile`, from causal and window alone."""
+        if (known := self.by_position(rows, columns)) is not None:
+            return known
+        low, high = self.span
         device = self._device()
         q, k = _vector(rows, device), _vector(columns, device)
         distance = q[:, None] - k[None, :]
-        seen = distance >= low if least < low else None
-        if most > high:
+        seen = distance >= low if low > -INF else None
+        if high < INF:
             near = distance <= high
             seen = near if seen is None else seen.logical_and_(near)
         assert seen is not None
@@ -310,7 +316,7 @@ def _combine(parts: list[Tensor], checks: bool) -> Tile | Tensor:
     on_host = checks and seen.device.type == "cpu"
     if len(flags) > 1 and on_host and not bool(seen.any()):
         return EMPTY
-    return floats[0].masked_fill(~seen, float("-inf")) if floats else seen
+    return floats[0].masked_fill(~seen, -INF) if floats else seen
 
 
 def _ends(positions: Positions) -> tuple[int, int]:
