@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tile for AVX2 with FMA: 8 floats in a vector, 16 registers, micro-tile 6 x 16.
+// The tile for AVX2 with FMA: 8 floats in a vector, 16 registers, micro-tile 6
+// x 16.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,8 +10,8 @@
 #define NV 2
 typedef __m256 vf;
 
-static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
-static inline void v_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
+static inline vf v_load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void v_store(float* p, vf x) { _mm256_storeu_ps(p, x); }
 static inline vf v_set(float x) { return _mm256_set1_ps(x); }
 static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
@@ -36,9 +37,11 @@ static inline vf v_keep(unsigned bits, vf x, vf other) {
 static inline vf v_round(vf x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// The exponent is put together by hand, so that x must stay in the normal range;
-// what was below it gives 0.
-static inline vf v_clamp(vf x) { return _mm256_max_ps(_mm256_set1_ps(-126.0f), x); }
+// The exponent is put together by hand, so that x must stay in the normal
+// range; what was below it gives 0.
+static inline vf v_clamp(vf x) {
+  return _mm256_max_ps(_mm256_set1_ps(-126.0f), x);
+}
 static inline vf v_scale(vf p, vf r, vf x) {
   __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(r), _mm256_set1_epi32(127));
   vf power = _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));

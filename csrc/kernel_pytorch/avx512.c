@@ -9,8 +9,8 @@
 #define NV 4
 typedef __m512 vf;
 
-static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
-static inline void v_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+static inline vf v_load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void v_store(float* p, vf x) { _mm512_storeu_ps(p, x); }
 static inline vf v_set(float x) { return _mm512_set1_ps(x); }
 static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
@@ -22,12 +22,14 @@ static inline int v_any_above(vf a, vf b) {
 static inline vf v_keep(unsigned bits, vf x, vf other) {
   return _mm512_mask_mov_ps(other, (__mmask16)bits, x);
 }
-// The fraction and the whole part of x, and p * 2^r: together they make 2^x. -inf
-// gives 0, and max passes a NaN in its second operand on.
+// The fraction and the whole part of x, and p * 2^r: together they make 2^x.
+// -inf gives 0, and max passes a NaN in its second operand on.
 static inline vf v_round(vf x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-static inline vf v_clamp(vf x) { return _mm512_max_ps(_mm512_set1_ps(-200.0f), x); }
+static inline vf v_clamp(vf x) {
+  return _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
+}
 static inline vf v_scale(vf p, vf r, vf x) {
   (void)x;
   return _mm512_scalef_ps(p, r);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Entry points: check, choose the instruction set, run. A new one is added to the
-// tables here and to `kp_best_isa`.
+// Entry points: check, choose the instruction set, run. A new one is added to
+// the tables here and to `kp_best_isa`.
 #include "plan.h"
 
-typedef int (*kernel)(const kp_plan *p);
+typedef int (*kernel)(const kp_plan* p);
 
 #if defined(__x86_64__)
 static const kernel forward[] = {kp_forward_generic, kp_forward_avx2,
@@ -20,17 +20,18 @@ int kp_best_isa(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f")) return KP_AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KP_AVX2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return KP_AVX2;
 #endif
   return KP_GENERIC;
 }
 
-int kp_abi(int64_t *size) {
+int kp_abi(int64_t* size) {
   if (size) *size = (int64_t)sizeof(kp_args);
   return KP_ABI;
 }
 
-static int run(const kp_args *a, int back) {
+static int run(const kp_args* a, int back) {
   int best = kp_best_isa();
   if (!a || a->isa < KP_AUTO || a->isa > best) return KP_BAD_ARGUMENT;
   kp_plan plan;
@@ -42,6 +43,6 @@ static int run(const kp_args *a, int back) {
   return code;
 }
 
-int kp_bs_forward(const kp_args *a) { return run(a, 0); }
+int kp_bs_forward(const kp_args* a) { return run(a, 0); }
 
-int kp_bs_backward(const kp_args *a) { return run(a, 1); }
+int kp_bs_backward(const kp_args* a) { return run(a, 1); }

@@ -1,31 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Forward pass. One thread takes one block of queries, walks its keys in tiles of
-// four panels, and keeps a running maximum, sum and output for each query (online
-// softmax). Logits are in units of log 2: scale * log2(e) is packed into the keys.
+// Forward pass. One thread takes one block of queries, walks its keys in tiles
+// of four panels, and keeps a running maximum, sum and output for each query
+// (online softmax). Logits are in units of log 2: scale * log2(e) is packed
+// into the keys.
 
-// The maximum of a row is raised only when a logit exceeds it by more than this, so
-// that outputs are seldom rescaled; weights then stay below 2^8.
+// The maximum of a row is raised only when a logit exceeds it by more than
+// this, so that outputs are seldom rescaled; weights then stay below 2^8.
 #define SLACK 8.0f
 // Stands for "no key yet"; finite, so that it can be subtracted from -inf.
 #define LOWEST -1e30f
 
 typedef struct {
-  const kp_plan *p;
-  float *keys, *values;  // [batch * kv_heads][panels + extra][dim | 16][16 | padded]
-  uint8_t *odd;          // the same without the last two: values not all finite
-  float *extra_weight;   // [extra_panels * 16], in units of log 2
+  const kp_plan* p;
+  float *keys,
+      *values;   // [batch * kv_heads][panels + extra][dim | 16][16 | padded]
+  uint8_t* odd;  // the same without the last two: values not all finite
+  float* extra_weight;  // [extra_panels * 16], in units of log 2
 } KP(packed);
 
 // What one thread works in.
 typedef struct {
-  float *q;        // [rows / 6][dim][6]
-  float *out;      // [rows][padded]
-  float *sum;      // [rows][W] parts of the softmax's sum
-  float *top;      // [rows]
-  float *score;    // [6][TILE]
-  uint64_t *bits;  // [rows] keys of the tile that a query sees
-  int64_t *list;   // panels: those seen whole, then those seen in part
+  float* q;        // [rows / 6][dim][6]
+  float* out;      // [rows][padded]
+  float* sum;      // [rows][W] parts of the softmax's sum
+  float* top;      // [rows]
+  float* score;    // [6][TILE]
+  uint64_t* bits;  // [rows] keys of the tile that a query sees
+  int64_t* list;   // panels: those seen whole, then those seen in part
   int64_t rows;
 } KP(work);
 
@@ -34,20 +36,22 @@ typedef struct {
   int64_t count;
   const float *keys[4], *values[4], *weight[4];
   const float *next_keys[4], *next_values[4];
-  const uint64_t *bits;
+  const uint64_t* bits;
   int odd;
 } KP(tile);
 
-INLINE int64_t panel_at(const kp_plan *p, int64_t b, int64_t head, int64_t panel) {
+INLINE int64_t panel_at(const kp_plan* p, int64_t b, int64_t head,
+                        int64_t panel) {
   return (b * p->a->kv_heads + head) * (p->panels + p->extra_panels) + panel;
 }
 
 static void KP(pack)(const KP(packed) * s, int64_t at) {
-  const kp_plan *p = s->p;
-  const kp_args *a = p->a;
+  const kp_plan* p = s->p;
+  const kp_args* a = p->a;
   int64_t each = p->panels + p->extra_panels, ld = padded(a);
   int64_t head = at / each;
-  KP(source) from = KP(find)(p, head / a->kv_heads, head % a->kv_heads, at % each);
+  KP(source)
+  from = KP(find)(p, head / a->kv_heads, head % a->kv_heads, at % each);
   float rows[KP_PANEL * KP_MAX_DIM], *values = s->values + at * KP_PANEL * ld;
   KP(read_panel)(a, &from, 0, rows, a->dim);
   float factor = (float)(a->scale * (double)KP_LOG2E);
@@ -57,17 +61,17 @@ static void KP(pack)(const KP(packed) * s, int64_t at) {
   s->odd[at] = (uint8_t)KP(is_odd)(values, KP_PANEL * ld);
 }
 
-static void KP(load_queries)(const kp_args *a, int64_t at, KP(work) * w) {
+static void KP(load_queries)(const kp_args* a, int64_t at, KP(work) * w) {
   float row[KP_MAX_DIM];
   for (int64_t i = 0; i < w->rows; i++) {
     KP(read_row)(a, a->q, at + i * a->q_stride[2], row);
-    float *to = w->q + i / 6 * 6 * a->dim + i % 6;
+    float* to = w->q + i / 6 * 6 * a->dim + i % 6;
     for (int64_t d = 0; d < a->dim; d++) to[6 * d] = row[d];
   }
 }
 
-// The next tile's panels come from the second-level cache or beyond; they are asked
-// for a slice with each group of queries.
+// The next tile's panels come from the second-level cache or beyond; they are
+// asked for a slice with each group of queries.
 INLINE void prefetch(const KP(tile) * t, int64_t dim, int64_t ld, int64_t group,
                      int64_t groups) {
   for (int64_t n = 0; n < 4 && t->next_keys[n]; n++) {
@@ -81,29 +85,29 @@ INLINE void prefetch(const KP(tile) * t, int64_t dim, int64_t ld, int64_t group,
 }
 
 // score[rows][TILE] for one group of at most 6 queries.
-static void KP(scores)(const KP(tile) * t, int64_t rows, const float *q, int64_t dim,
-                       float *score) {
+static void KP(scores)(const KP(tile) * t, int64_t rows, const float* q,
+                       int64_t dim, float* score) {
 #if NV * W == TILE
-#define CALL(R)                                             \
-  switch (t->count) {                                       \
-    case 4:                                                 \
-      score_tile(R, 4, q, t->keys, score, dim);             \
-      break;                                                \
-    case 3:                                                 \
-      score_tile(R, 3, q, t->keys, score, dim);             \
-      break;                                                \
-    case 2:                                                 \
-      score_tile(R, 2, q, t->keys, score, dim);             \
-      break;                                                \
-    default:                                                \
-      score_tile(R, 1, q, t->keys, score, dim);             \
+#define CALL(R)                                 \
+  switch (t->count) {                           \
+    case 4:                                     \
+      score_tile(R, 4, q, t->keys, score, dim); \
+      break;                                    \
+    case 3:                                     \
+      score_tile(R, 3, q, t->keys, score, dim); \
+      break;                                    \
+    case 2:                                     \
+      score_tile(R, 2, q, t->keys, score, dim); \
+      break;                                    \
+    default:                                    \
+      score_tile(R, 1, q, t->keys, score, dim); \
   }
   SWITCH_R(rows, CALL)
 #undef CALL
 #else
   for (int64_t n = 0; n < t->count; n++)
     for (int64_t j = 0; j < KP_PANEL; j += NV * W) {
-      const float *b[NV];
+      const float* b[NV];
       for (int i = 0; i < NV; i++) b[i] = t->keys[n] + j + i * W;
 #define CALL(R) score_tile(R, NV, q, b, score + n * KP_PANEL + j, dim)
       SWITCH_R(rows, CALL)
@@ -112,21 +116,25 @@ static void KP(scores)(const KP(tile) * t, int64_t rows, const float *q, int64_t
 #endif
 }
 
-static void KP(raise_top)(float top, float *old, float *sum, float *out, int64_t ld) {
+static void KP(raise_top)(float top, float* old, float* sum, float* out,
+                          int64_t ld) {
   if (*old != LOWEST) {
     vf factor = v_set(exp2f(*old - top));
     v_store(sum, v_load(sum) * factor);
-    for (int64_t j = 0; j < ld; j += W) v_store(out + j, v_load(out + j) * factor);
+    for (int64_t j = 0; j < ld; j += W)
+      v_store(out + j, v_load(out + j) * factor);
   }
   *old = top;
 }
 
 // Turns `n` vectors of logits into weights, for query i.
-INLINE void soften(const int64_t n, float *s, KP(work) * w, int64_t i, int64_t ld) {
+INLINE void soften(const int64_t n, float* s, KP(work) * w, int64_t i,
+                   int64_t ld) {
   vf high = v_load(s);
   for (int64_t j = 1; j < n; j++) high = v_max(high, v_load(s + j * W));
   if (v_any_above(high, v_set(w->top[i] + SLACK)))
-    KP(raise_top)(v_hmax(high), w->top + i, w->sum + i * W, w->out + i * ld, ld);
+    KP(raise_top)(v_hmax(high), w->top + i, w->sum + i * W, w->out + i * ld,
+                  ld);
   vf top = v_set(w->top[i]), sum = v_load(w->sum + i * W);
   for (int64_t j = 0; j < n; j++) {
     vf x = v_exp2(v_load(s + j * W) - top);
@@ -137,7 +145,7 @@ INLINE void soften(const int64_t n, float *s, KP(work) * w, int64_t i, int64_t l
 }
 
 // The remainder's weights are added and hidden keys get -inf, so weight 0.
-static void KP(hide)(const KP(tile) * t, float *s, uint64_t bits) {
+static void KP(hide)(const KP(tile) * t, float* s, uint64_t bits) {
   for (int64_t j = 0; j < t->count * KP_PANEL; j += W) {
     vf x = v_load(s + j);
     if (t->weight[0]) x = x + v_load(t->weight[j / KP_PANEL] + j % KP_PANEL);
@@ -145,7 +153,7 @@ static void KP(hide)(const KP(tile) * t, float *s, uint64_t bits) {
   }
 }
 
-static void KP(attend)(const KP(tile) * t, KP(work) * w, const kp_args *a) {
+static void KP(attend)(const KP(tile) * t, KP(work) * w, const kp_args* a) {
   int64_t ld = padded(a), n = t->count * KP_PANEL / W;
   int64_t groups = kp_ceil(w->rows, 6);
   for (int64_t i = 0, r; i < w->rows; i += r) {
@@ -158,7 +166,7 @@ static void KP(attend)(const KP(tile) * t, KP(work) * w, const kp_args *a) {
     }
     KP(scores)(t, r, w->q + i / 6 * 6 * a->dim + i % 6, a->dim, w->score);
     for (int64_t j = 0; j < r; j++) {
-      float *s = w->score + j * TILE;
+      float* s = w->score + j * TILE;
       if (t->bits) KP(hide)(t, s, t->bits[i + j]);
       if (t->count == 4)
         soften(TILE / W, s, w, i + j, ld);
@@ -169,31 +177,32 @@ static void KP(attend)(const KP(tile) * t, KP(work) * w, const kp_args *a) {
       KP(gemm_careful)(r, w->score, TILE, 1, t->values, t->count, KP_PANEL, ld,
                        w->out + i * ld, ld, a->dim);
     else
-      KP(gemm_tile)(r, w->score, t->values, t->count, KP_PANEL, ld, w->out + i * ld,
-                    ld, ld);
+      KP(gemm_tile)(r, w->score, t->values, t->count, KP_PANEL, ld,
+                    w->out + i * ld, ld, ld);
   }
 }
 
-// Walks the panels list[from:to]; `shown` gives the bits of a query and a panel, or
-// is null where every key is seen.
-typedef uint64_t (*KP(look))(const kp_plan *p, int64_t b, int64_t row, int64_t panel);
+// Walks the panels list[from:to]; `shown` gives the bits of a query and a
+// panel, or is null where every key is seen.
+typedef uint64_t (*KP(look))(const kp_plan* p, int64_t b, int64_t row,
+                             int64_t panel);
 
-static uint64_t KP(look_mask)(const kp_plan *p, int64_t b, int64_t row,
+static uint64_t KP(look_mask)(const kp_plan* p, int64_t b, int64_t row,
                               int64_t panel) {
   return kp_bits(p, b, row, panel * KP_PANEL);
 }
 
-static uint64_t KP(look_rest)(const kp_plan *p, int64_t b, int64_t row,
+static uint64_t KP(look_rest)(const kp_plan* p, int64_t b, int64_t row,
                               int64_t panel) {
   (void)b;
   int64_t n = (panel - p->panels) * KP_PANEL;
   return p->rest[row * p->words + n / 64] >> (n % 64) & 0xffff;
 }
 
-static void KP(walk)(const KP(packed) * s, KP(work) * w, int64_t b, int64_t base,
-                     int64_t row, int64_t step, int64_t from, int64_t to,
-                     KP(look) look) {
-  const kp_plan *p = s->p;
+static void KP(walk)(const KP(packed) * s, KP(work) * w, int64_t b,
+                     int64_t base, int64_t row, int64_t step, int64_t from,
+                     int64_t to, KP(look) look) {
+  const kp_plan* p = s->p;
   int64_t ld = padded(p->a), k = KP_PANEL * p->a->dim, v = KP_PANEL * ld;
   for (int64_t n = from; n < to; n += 4) {
     KP(tile) t = {.count = kp_min(4, to - n), .bits = look ? w->bits : NULL};
@@ -215,11 +224,12 @@ static void KP(walk)(const KP(packed) * s, KP(work) * w, int64_t b, int64_t base
   }
 }
 
-// Fills w->list with the panels of a row that some query sees: from the front those
-// seen whole, from *mixed to *end the others.
-static void KP(list_panels)(const kp_plan *p, KP(work) * w, int64_t b, int64_t at,
-                            int64_t q0, int64_t *mixed, int64_t *end) {
-  const kp_args *a = p->a;
+// Fills w->list with the panels of a row that some query sees: from the front
+// those seen whole, from *mixed to *end the others.
+static void KP(list_panels)(const kp_plan* p, KP(work) * w, int64_t b,
+                            int64_t at, int64_t q0, int64_t* mixed,
+                            int64_t* end) {
+  const kp_args* a = p->a;
   int64_t full = 0, some = p->panels;
   for (int32_t i = 0; i < a->counts[at]; i++) {
     int64_t k0 = a->blocks[at * a->width + i] * a->block;
@@ -232,12 +242,13 @@ static void KP(list_panels)(const kp_plan *p, KP(work) * w, int64_t b, int64_t a
       if (kind == KP_MIXED) w->list[some++] = k0 / KP_PANEL;
     }
   }
-  memmove(w->list + full, w->list + p->panels, (some - p->panels) * sizeof(int64_t));
+  memmove(w->list + full, w->list + p->panels,
+          (some - p->panels) * sizeof(int64_t));
   *mixed = full;
   *end = full + some - p->panels;
 }
 
-static void KP(finish)(const kp_args *a, KP(work) * w, int64_t row) {
+static void KP(finish)(const kp_args* a, KP(work) * w, int64_t row) {
   int64_t ld = padded(a);
   for (int64_t i = 0; i < w->rows; i++) {
     float sum = v_hsum(v_load(w->sum + i * W));
@@ -249,16 +260,16 @@ static void KP(finish)(const kp_args *a, KP(work) * w, int64_t row) {
 }
 
 static void KP(forward_row)(const KP(packed) * s, KP(work) * w, int64_t item) {
-  const kp_plan *p = s->p;
-  const kp_args *a = p->a;
+  const kp_plan* p = s->p;
+  const kp_args* a = p->a;
   int64_t bh = item / p->q_blocks, b = bh / a->heads, h = bh % a->heads;
   int64_t list = a->index_batch == 1 ? h : bh;
   int64_t block = p->order[list * p->q_blocks + item % p->q_blocks];
   int64_t q0 = block * a->block, ld = padded(a), mixed, end;
   int64_t base = panel_at(p, b, h / (a->heads / a->kv_heads), 0);
   w->rows = kp_min(a->block, a->q_len - q0);
-  KP(load_queries)(a, b * a->q_stride[0] + h * a->q_stride[1] + q0 * a->q_stride[2],
-                   w);
+  KP(load_queries)(
+      a, b * a->q_stride[0] + h * a->q_stride[1] + q0 * a->q_stride[2], w);
   memset(w->out, 0, w->rows * ld * sizeof(float));
   memset(w->sum, 0, w->rows * W * sizeof(float));
   for (int64_t i = 0; i < w->rows; i++) w->top[i] = LOWEST;
@@ -274,12 +285,12 @@ static void KP(forward_row)(const KP(packed) * s, KP(work) * w, int64_t item) {
   KP(finish)(a, w, bh * a->q_len + q0);
 }
 
-static KP(work) KP(forward_work)(const kp_plan *p, char *at, int64_t *bytes) {
-  const kp_args *a = p->a;
+static KP(work) KP(forward_work)(const kp_plan* p, char* at, int64_t* bytes) {
+  const kp_args* a = p->a;
   int64_t rows = a->block, ld = padded(a), used = 0;
   KP(work) w;
-#define TAKE(field, count)                          \
-  w.field = (void *)(at + used);                    \
+#define TAKE(field, count)      \
+  w.field = (void*)(at + used); \
   used += kp_ceil((count) * (int64_t)sizeof(*w.field), 64) * 64
   TAKE(q, kp_ceil(rows, 6) * 6 * a->dim);
   TAKE(out, rows * ld);
@@ -294,18 +305,20 @@ static KP(work) KP(forward_work)(const kp_plan *p, char *at, int64_t *bytes) {
   return w;
 }
 
-static void KP(forward_run)(KP(packed) * s, char *memory) {
-  const kp_plan *p = s->p;
-  const kp_args *a = p->a;
+static void KP(forward_run)(KP(packed) * s, char* memory) {
+  const kp_plan* p = s->p;
+  const kp_args* a = p->a;
   int64_t panels = a->batch * a->kv_heads * (p->panels + p->extra_panels);
   int64_t items = a->batch * a->heads * p->q_blocks;
   for (int64_t i = 0; i < p->extra_panels * KP_PANEL; i++)
-    s->extra_weight[i] = i < p->kv_blocks ? a->extra_weight[i] * KP_LOG2E : 0.0f;
+    s->extra_weight[i] =
+        i < p->kv_blocks ? a->extra_weight[i] * KP_LOG2E : 0.0f;
 #pragma omp parallel num_threads((int)p->threads) if (p->threads > 1)
   {
     int64_t bytes;
     KP(forward_work)(p, memory, &bytes);
-    KP(work) w = KP(forward_work)(p, memory + omp_get_thread_num() * bytes, &bytes);
+    KP(work)
+    w = KP(forward_work)(p, memory + omp_get_thread_num() * bytes, &bytes);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < panels; i++) KP(pack)(s, i);
 #pragma omp for schedule(dynamic, 1)
@@ -313,16 +326,17 @@ static void KP(forward_run)(KP(packed) * s, char *memory) {
   }
 }
 
-int KP(forward)(const kp_plan *p) {
-  const kp_args *a = p->a;
-  int64_t panels = a->batch * a->kv_heads * (p->panels + p->extra_panels), bytes;
+int KP(forward)(const kp_plan* p) {
+  const kp_args* a = p->a;
+  int64_t panels = a->batch * a->kv_heads * (p->panels + p->extra_panels),
+          bytes;
   KP(packed) s = {.p = p};
   KP(forward_work)(p, NULL, &bytes);
   s.keys = kp_alloc(panels * KP_PANEL, a->dim * (int64_t)sizeof(float));
   s.values = kp_alloc(panels * KP_PANEL, padded(a) * (int64_t)sizeof(float));
   s.odd = kp_alloc(panels, 1);
   s.extra_weight = kp_alloc(p->extra_panels * KP_PANEL, sizeof(float));
-  char *memory = kp_alloc(p->threads, bytes);
+  char* memory = kp_alloc(p->threads, bytes);
   int ok = s.keys && s.values && s.odd && s.extra_weight && memory;
   if (ok) KP(forward_run)(&s, memory);
   free(s.keys);

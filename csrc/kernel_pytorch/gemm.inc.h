@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two micro-kernels and the loops around them. R rows times N vectors of the
-// result stay in registers; R and N are constants after inlining.
+// The two micro-kernels and the loops around them. R rows times N vectors of
+// the result stay in registers; R and N are constants after inlining.
 
 #define SWITCH_R(rows, CALL) \
   switch (rows) {            \
@@ -23,12 +23,13 @@ INLINE int64_t next_rows(int64_t left) {
   return left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-// c[R][16 * n, ld TILE] = a[R, depth] * b, where vector j of row k of b stands at
-// b[j] + 16 * k: panels of 16 columns that may lie anywhere. a is read at i + 6 * k.
-INLINE void score_tile(const int R, const int N, const float *a,
-                       const float *const *b, float *c, int64_t depth) {
+// c[R][16 * n, ld TILE] = a[R, depth] * b, where vector j of row k of b stands
+// at b[j] + 16 * k: panels of 16 columns that may lie anywhere. a is read at i
+// + 6 * k.
+INLINE void score_tile(const int R, const int N, const float* a,
+                       const float* const* b, float* c, int64_t depth) {
   vf acc[6][NV];
-  const float *column[NV];
+  const float* column[NV];
   for (int j = 0; j < N; j++) column[j] = b[j];
   for (int i = 0; i < R; i++)
     for (int j = 0; j < N; j++) acc[i][j] = v_set(0.0f);
@@ -44,18 +45,18 @@ INLINE void score_tile(const int R, const int N, const float *a,
     for (int j = 0; j < N; j++) v_store(c + i * TILE + W * j, acc[i][j]);
 }
 
-// c[R][W * N] += a[R, depth] * b[depth][W * N], for `count` pieces of b after each
-// other. a is read at row * i + column * k.
-INLINE void sum_tile(const int R, const int N, const float *a, int64_t row,
-                     int64_t column, const float *const *b, int64_t at,
-                     int64_t count, int64_t depth, int64_t ldb, float *c, int64_t ldc,
-                     int add) {
+// c[R][W * N] += a[R, depth] * b[depth][W * N], for `count` pieces of b after
+// each other. a is read at row * i + column * k.
+INLINE void sum_tile(const int R, const int N, const float* a, int64_t row,
+                     int64_t column, const float* const* b, int64_t at,
+                     int64_t count, int64_t depth, int64_t ldb, float* c,
+                     int64_t ldc, int add) {
   vf acc[6][NV];
   for (int i = 0; i < R; i++)
     for (int j = 0; j < N; j++)
       acc[i][j] = add ? v_load(c + i * ldc + W * j) : v_set(0.0f);
   for (int64_t piece = 0; piece < count; piece++) {
-    const float *p = b[piece] + at;
+    const float* p = b[piece] + at;
     for (int64_t k = 0; k < depth; k++, p += ldb, a += column) {
       vf line[NV];
       for (int j = 0; j < N; j++) line[j] = v_load(p + W * j);
@@ -70,9 +71,10 @@ INLINE void sum_tile(const int R, const int N, const float *a, int64_t row,
 }
 
 // All columns of c for R rows: blocks of NV vectors, then what is left.
-INLINE void sum_rows(const int R, const float *a, int64_t row, int64_t column,
-                     const float *const *b, int64_t count, int64_t depth, int64_t ldb,
-                     float *c, int64_t ldc, int64_t columns, int add) {
+INLINE void sum_rows(const int R, const float* a, int64_t row, int64_t column,
+                     const float* const* b, int64_t count, int64_t depth,
+                     int64_t ldb, float* c, int64_t ldc, int64_t columns,
+                     int add) {
 #define PART(N) \
   sum_tile(R, N, a, row, column, b, j, count, depth, ldb, c + j, ldc, add)
   int64_t j = 0;
@@ -95,23 +97,24 @@ INLINE void sum_rows(const int R, const float *a, int64_t row, int64_t column,
 #undef PART
 }
 
-// c[rows][columns] (+)= a * b with a read at TILE * i + k (a tile as it lies), ...
-static void KP(gemm_tile)(int64_t rows, const float *a, const float *const *b,
-                          int64_t count, int64_t depth, int64_t ldb, float *c,
+// c[rows][columns] (+)= a * b with a read at TILE * i + k (a tile as it lies),
+// ...
+static void KP(gemm_tile)(int64_t rows, const float* a, const float* const* b,
+                          int64_t count, int64_t depth, int64_t ldb, float* c,
                           int64_t ldc, int64_t columns) {
   for (int64_t i = 0, r; i < rows; i += r) {
     r = next_rows(rows - i);
-#define CALL(R)                                                                    \
-  sum_rows(R, a + i * TILE, TILE, 1, b, count, depth, ldb, c + i * ldc, ldc, columns, \
-           1)
+#define CALL(R)                                                              \
+  sum_rows(R, a + i * TILE, TILE, 1, b, count, depth, ldb, c + i * ldc, ldc, \
+           columns, 1)
     SWITCH_R(r, CALL)
 #undef CALL
   }
 }
 
 // ... at i + TILE * k (a tile transposed), ...
-static void KP(gemm_turned)(int64_t rows, const float *a, const float *b,
-                            int64_t depth, int64_t ldb, float *c, int64_t ldc,
+static void KP(gemm_turned)(int64_t rows, const float* a, const float* b,
+                            int64_t depth, int64_t ldb, float* c, int64_t ldc,
                             int64_t columns) {
   for (int64_t i = 0, r; i < rows; i += r) {
     r = next_rows(rows - i);
@@ -122,28 +125,32 @@ static void KP(gemm_turned)(int64_t rows, const float *a, const float *b,
   }
 }
 
-// ... and at lda * i + k, where c is overwritten and both b and c have rows of TILE.
-static void KP(gemm_score)(int64_t rows, const float *a, int64_t lda, const float *b,
-                           int64_t depth, float *c, int64_t columns) {
+// ... and at lda * i + k, where c is overwritten and both b and c have rows of
+// TILE.
+static void KP(gemm_score)(int64_t rows, const float* a, int64_t lda,
+                           const float* b, int64_t depth, float* c,
+                           int64_t columns) {
   for (int64_t i = 0, r; i < rows; i += r) {
     r = next_rows(rows - i);
-#define CALL(R)                                                                 \
-  sum_rows(R, a + i * lda, lda, 1, &b, 1, depth, TILE, c + i * TILE, TILE, columns, \
-           0)
+#define CALL(R)                                                            \
+  sum_rows(R, a + i * lda, lda, 1, &b, 1, depth, TILE, c + i * TILE, TILE, \
+           columns, 0)
     SWITCH_R(r, CALL)
 #undef CALL
   }
 }
 
-// Like `sum_rows` with add, but a zero in a takes nothing from b: 0 times a NaN that
-// the mask hides must stay 0. Slow, and used only where b has a NaN or infinity.
-static void KP(gemm_careful)(int64_t rows, const float *a, int64_t row, int64_t column,
-                             const float *const *b, int64_t count, int64_t depth,
-                             int64_t ldb, float *c, int64_t ldc, int64_t columns) {
+// Like `sum_rows` with add, but a zero in a takes nothing from b: 0 times a NaN
+// that the mask hides must stay 0. Slow, and used only where b has a NaN or
+// infinity.
+static void KP(gemm_careful)(int64_t rows, const float* a, int64_t row,
+                             int64_t column, const float* const* b,
+                             int64_t count, int64_t depth, int64_t ldb,
+                             float* c, int64_t ldc, int64_t columns) {
   for (int64_t i = 0; i < rows; i++)
     for (int64_t k = 0; k < count * depth; k++) {
       float x = a[i * row + k * column];
-      const float *line = b[k / depth] + (k % depth) * ldb;
+      const float* line = b[k / depth] + (k % depth) * ldb;
       if (x != 0.0f)
         for (int64_t j = 0; j < columns; j++) c[i * ldc + j] += x * line[j];
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tile for any machine: the compiler's own vectors of 4 floats, micro-tile 6 x 8.
+// The tile for any machine: the compiler's own vectors of 4 floats, micro-tile
+// 6 x 8.
 #include <math.h>
 #include <string.h>
 
@@ -10,12 +11,12 @@
 typedef float vf __attribute__((vector_size(16)));
 typedef int vi __attribute__((vector_size(16)));
 
-static inline vf v_load(const float *p) {
+static inline vf v_load(const float* p) {
   vf x;
   memcpy(&x, p, sizeof(x));
   return x;
 }
-static inline void v_store(float *p, vf x) { memcpy(p, &x, sizeof(x)); }
+static inline void v_store(float* p, vf x) { memcpy(p, &x, sizeof(x)); }
 static inline vf v_set(float x) { return (vf){x, x, x, x}; }
 static inline vf v_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf v_pick(vi on, vf a, vf b) {

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-void *kp_alloc(int64_t count, int64_t size) {
+void* kp_alloc(int64_t count, int64_t size) {
   int64_t bytes;
   if (count < 0 || __builtin_mul_overflow(count, size, &bytes)) return NULL;
   if (bytes > INT64_MAX - 64) return NULL;
@@ -15,9 +15,10 @@ void *kp_alloc(int64_t count, int64_t size) {
 }
 
 // Sizes are bounded so that no product of them below leaves 64 bits.
-static int sizes_ok(const kp_args *a) {
+static int sizes_ok(const kp_args* a) {
   const int64_t most = INT32_MAX - 1024;
-  if (a->batch < 1 || a->batch > most || a->heads < 1 || a->heads > most) return 0;
+  if (a->batch < 1 || a->batch > most || a->heads < 1 || a->heads > most)
+    return 0;
   if (a->kv_heads < 1 || a->heads % a->kv_heads) return 0;
   if (a->q_len < 1 || a->q_len > most) return 0;
   if (a->kv_len < 1 || a->kv_len > most) return 0;
@@ -36,11 +37,11 @@ static int sizes_ok(const kp_args *a) {
   if (__builtin_mul_overflow(a->batch, a->heads, &all)) return 0;
   if (__builtin_mul_overflow(all, rows, &all)) return 0;
   if (__builtin_mul_overflow(all, (int64_t)KP_MAX_DIM * 8, &all)) return 0;
-  return !__builtin_mul_overflow(a->index_batch * a->heads * rows, a->width * 4 + 4,
-                                 &all);
+  return !__builtin_mul_overflow(a->index_batch * a->heads * rows,
+                                 a->width * 4 + 4, &all);
 }
 
-static int pointers_ok(const kp_args *a, int backward) {
+static int pointers_ok(const kp_args* a, int backward) {
   if (!a->q || !a->k || !a->v || !a->out || !a->lse || !a->counts) return 0;
   if (a->width && !a->blocks) return 0;
   if (a->extra_k && (!a->extra_v || !a->extra_weight)) return 0;
@@ -49,12 +50,12 @@ static int pointers_ok(const kp_args *a, int backward) {
   return !a->extra_k || (a->dextra_k && a->dextra_v);
 }
 
-static int lists_ok(const kp_args *a, const kp_plan *p) {
+static int lists_ok(const kp_args* a, const kp_plan* p) {
   int64_t rows = a->index_batch * a->heads * p->q_blocks;
   for (int64_t row = 0; row < rows; row++) {
     int32_t count = a->counts[row], before = -1;
     if (count < 0 || count > a->width) return 0;
-    const int32_t *list = a->blocks + row * a->width;
+    const int32_t* list = a->blocks + row * a->width;
     for (int32_t i = 0; i < count; i++) {
       if (list[i] <= before || list[i] >= p->kv_blocks) return 0;
       before = list[i];
@@ -63,16 +64,16 @@ static int lists_ok(const kp_args *a, const kp_plan *p) {
   return 1;
 }
 
-static int make_padding(kp_plan *p) {
-  const kp_args *a = p->a;
+static int make_padding(kp_plan* p) {
+  const kp_args* a = p->a;
   if (!a->key_padding) return KP_OK;
   p->hidden = kp_alloc(a->batch * (a->kv_len + 1), sizeof(int32_t));
   p->shown = kp_alloc(a->batch * p->panels, sizeof(uint16_t));
   if (!p->hidden || !p->shown) return KP_NO_MEMORY;
   memset(p->shown, 0, a->batch * p->panels * sizeof(uint16_t));
   for (int64_t b = 0; b < a->batch; b++) {
-    const uint8_t *keep = a->key_padding + b * a->kv_len;
-    int32_t *before = p->hidden + b * (a->kv_len + 1);
+    const uint8_t* keep = a->key_padding + b * a->kv_len;
+    int32_t* before = p->hidden + b * (a->kv_len + 1);
     before[0] = 0;
     for (int64_t j = 0; j < a->kv_len; j++) {
       before[j + 1] = before[j] + !keep[j];
@@ -83,14 +84,14 @@ static int make_padding(kp_plan *p) {
   return KP_OK;
 }
 
-static int make_documents(kp_plan *p) {
-  const kp_args *a = p->a;
+static int make_documents(kp_plan* p) {
+  const kp_args* a = p->a;
   if (!a->documents) return KP_OK;
   p->same = kp_alloc(a->batch * a->positions, sizeof(int32_t));
   if (!p->same) return KP_NO_MEMORY;
   for (int64_t b = 0; b < a->batch; b++) {
-    const int64_t *id = a->documents + b * a->positions;
-    int32_t *end = p->same + b * a->positions;
+    const int64_t* id = a->documents + b * a->positions;
+    int32_t* end = p->same + b * a->positions;
     for (int64_t j = a->positions - 1; j >= 0; j--) {
       int joined = j + 1 < a->positions && id[j] == id[j + 1];
       end[j] = joined ? end[j + 1] : (int32_t)(j + 1);
@@ -99,10 +100,11 @@ static int make_documents(kp_plan *p) {
   return KP_OK;
 }
 
-static void rest_of_row(const kp_plan *p, int64_t b, int64_t h, int64_t row) {
-  const kp_args *a = p->a;
+static void rest_of_row(const kp_plan* p, int64_t b, int64_t h, int64_t row) {
+  const kp_args* a = p->a;
   int64_t q0 = row * a->block, q1 = kp_min(q0 + a->block, a->q_len);
-  uint64_t *bits = p->rest + ((b * a->heads + h) * p->q_blocks + row) * p->words;
+  uint64_t* bits =
+      p->rest + ((b * a->heads + h) * p->q_blocks + row) * p->words;
   memset(bits, 0, p->words * sizeof(uint64_t));
   for (int64_t n = 0; n < p->kv_blocks; n++) {
     int64_t k0 = n * a->block, k1 = kp_min(k0 + a->block, a->kv_len);
@@ -117,9 +119,10 @@ static void rest_of_row(const kp_plan *p, int64_t b, int64_t h, int64_t row) {
   }
 }
 
-// A dropped block stands in the remainder when every query sees every key of it.
-static int make_rest(kp_plan *p) {
-  const kp_args *a = p->a;
+// A dropped block stands in the remainder when every query sees every key of
+// it.
+static int make_rest(kp_plan* p) {
+  const kp_args* a = p->a;
   if (!a->extra_k) return KP_OK;
   p->words = kp_ceil(p->kv_blocks, 64);
   int64_t rows = a->batch * a->heads * p->q_blocks;
@@ -131,19 +134,19 @@ static int make_rest(kp_plan *p) {
   return KP_OK;
 }
 
-// Long rows first, by a counting sort inside each head: threads end together, and
-// one head's keys stay in the cache.
-static int make_order(kp_plan *p) {
-  const kp_args *a = p->a;
+// Long rows first, by a counting sort inside each head: threads end together,
+// and one head's keys stay in the cache.
+static int make_order(kp_plan* p) {
+  const kp_args* a = p->a;
   int64_t heads = a->index_batch * a->heads;
   p->order = kp_alloc(heads * p->q_blocks, sizeof(int32_t));
-  int64_t *start = kp_alloc(a->width + 2, sizeof(int64_t));
+  int64_t* start = kp_alloc(a->width + 2, sizeof(int64_t));
   if (!p->order || !start) {
     free(start);
     return KP_NO_MEMORY;
   }
   for (int64_t h = 0; h < heads; h++) {
-    const int32_t *counts = a->counts + h * p->q_blocks;
+    const int32_t* counts = a->counts + h * p->q_blocks;
     memset(start, 0, (a->width + 2) * sizeof(int64_t));
     for (int64_t t = 0; t < p->q_blocks; t++) start[a->width - counts[t] + 1]++;
     for (int64_t c = 0; c <= a->width; c++) start[c + 1] += start[c];
@@ -155,8 +158,8 @@ static int make_order(kp_plan *p) {
 }
 
 // The row list transposed; walking the rows in order leaves each list sorted.
-static void turn_list(const kp_plan *p, int64_t head, int64_t *start) {
-  const kp_args *a = p->a;
+static void turn_list(const kp_plan* p, int64_t head, int64_t* start) {
+  const kp_args* a = p->a;
   for (int64_t t = 0; t < p->q_blocks; t++) {
     int64_t at = head * p->q_blocks + t;
     for (int32_t i = 0; i < a->counts[at]; i++)
@@ -166,8 +169,8 @@ static void turn_list(const kp_plan *p, int64_t head, int64_t *start) {
   for (int64_t n = p->kv_blocks; n > 0; n--) start[n] = start[n - 1];
 }
 
-static int make_turned(kp_plan *p) {
-  const kp_args *a = p->a;
+static int make_turned(kp_plan* p) {
+  const kp_args* a = p->a;
   int64_t heads = a->index_batch * a->heads, all = 0, each = p->kv_blocks + 1;
   for (int64_t i = 0; i < heads * p->q_blocks; i++) all += a->counts[i];
   p->turned_start = kp_alloc(heads * each, sizeof(int64_t));
@@ -178,7 +181,8 @@ static int make_turned(kp_plan *p) {
   for (int64_t h = 0; h < heads; h++) {
     int64_t *start = p->turned_start + h * each, first = all;
     for (int64_t t = h * p->q_blocks; t < (h + 1) * p->q_blocks; t++)
-      for (int32_t i = 0; i < a->counts[t]; i++) start[a->blocks[t * a->width + i]]++;
+      for (int32_t i = 0; i < a->counts[t]; i++)
+        start[a->blocks[t * a->width + i]]++;
     for (int64_t n = 0; n < each; n++) {
       int64_t count = start[n];
       start[n] = all;
@@ -190,7 +194,7 @@ static int make_turned(kp_plan *p) {
   return KP_OK;
 }
 
-int kp_plan_make(const kp_args *a, int backward, kp_plan *p) {
+int kp_plan_make(const kp_args* a, int backward, kp_plan* p) {
   memset(p, 0, sizeof(*p));
   if (!a || !sizes_ok(a) || !pointers_ok(a, backward)) return KP_BAD_ARGUMENT;
   p->a = a;
@@ -208,7 +212,7 @@ int kp_plan_make(const kp_args *a, int backward, kp_plan *p) {
   return code;
 }
 
-void kp_plan_free(kp_plan *p) {
+void kp_plan_free(kp_plan* p) {
   free(p->hidden);
   free(p->shown);
   free(p->same);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What both passes know before they start: checked arguments, and the mask and the
-// lists in the form that the inner loops ask for.
+// What both passes know before they start: checked arguments, and the mask and
+// the lists in the form that the inner loops ask for.
 //
-// Keys are handled in panels of 16, so that a row list of small blocks fills the
-// vectors as well as one of large blocks.
+// Keys are handled in panels of 16, so that a row list of small blocks fills
+// the vectors as well as one of large blocks.
 #ifndef KERNEL_PYTORCH_PLAN_H_
 #define KERNEL_PYTORCH_PLAN_H_
 
@@ -21,41 +21,42 @@
 enum { KP_EMPTY, KP_FULL, KP_MIXED };
 
 typedef struct kp_plan {
-  const kp_args *a;
+  const kp_args* a;
   int64_t q_blocks, kv_blocks, threads;
   int64_t panels, extra_panels;  // of keys, and of the remainder's
-  int32_t *hidden;               // [batch][kv_len + 1] padded keys before, or null
-  uint16_t *shown;  // [batch][panels] one bit for each key that padding leaves
-  int32_t *same;    // [batch][positions] end of the run of equal documents, or null
-  int64_t words;    // of 64 bits in a row of `rest`
-  uint64_t *rest;   // [batch][heads][q_blocks][words] blocks in the remainder
-  int64_t *turned_start;  // [index_batch][heads][kv_blocks + 1] into `turned`
-  int32_t *turned;        // blocks of queries that attend to a block of keys
-  int32_t *order;   // [index_batch][heads][q_blocks] rows, the longest first
+  int32_t* hidden;  // [batch][kv_len + 1] padded keys before, or null
+  uint16_t* shown;  // [batch][panels] one bit for each key that padding leaves
+  int32_t*
+      same;  // [batch][positions] end of the run of equal documents, or null
+  int64_t words;   // of 64 bits in a row of `rest`
+  uint64_t* rest;  // [batch][heads][q_blocks][words] blocks in the remainder
+  int64_t* turned_start;  // [index_batch][heads][kv_blocks + 1] into `turned`
+  int32_t* turned;        // blocks of queries that attend to a block of keys
+  int32_t* order;  // [index_batch][heads][q_blocks] rows, the longest first
 } kp_plan;
 
 // Checks every argument and index, then allocates. Returns a KP_* code.
-int kp_plan_make(const kp_args *a, int backward, kp_plan *p);
-void kp_plan_free(kp_plan *p);
+int kp_plan_make(const kp_args* a, int backward, kp_plan* p);
+void kp_plan_free(kp_plan* p);
 
 // 64-byte aligned; null when there is no memory or the size overflows.
-void *kp_alloc(int64_t count, int64_t size);
+void* kp_alloc(int64_t count, int64_t size);
 
-int kp_forward_generic(const kp_plan *p);
-int kp_forward_avx2(const kp_plan *p);
-int kp_forward_avx512(const kp_plan *p);
-int kp_backward_generic(const kp_plan *p);
-int kp_backward_avx2(const kp_plan *p);
-int kp_backward_avx512(const kp_plan *p);
+int kp_forward_generic(const kp_plan* p);
+int kp_forward_avx2(const kp_plan* p);
+int kp_forward_avx512(const kp_plan* p);
+int kp_backward_generic(const kp_plan* p);
+int kp_backward_avx2(const kp_plan* p);
+int kp_backward_avx512(const kp_plan* p);
 
 static inline int64_t kp_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t kp_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t kp_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Do queries [q0, q1) see none, all or some of the keys [k0, k1)?
-static inline int kp_kind(const kp_plan *p, int64_t batch, int64_t q0, int64_t q1,
-                          int64_t k0, int64_t k1) {
-  const kp_args *a = p->a;
+static inline int kp_kind(const kp_plan* p, int64_t batch, int64_t q0,
+                          int64_t q1, int64_t k0, int64_t k1) {
+  const kp_args* a = p->a;
   int kind = KP_FULL;
   if (a->causal) {
     if (k0 > q1 - 1) return KP_EMPTY;
@@ -68,14 +69,14 @@ static inline int kp_kind(const kp_plan *p, int64_t batch, int64_t q0, int64_t q
     if (!a->causal && k1 - 1 >= q0 + a->window) kind = KP_MIXED;
   }
   if (p->hidden) {
-    const int32_t *before = p->hidden + batch * (a->kv_len + 1);
+    const int32_t* before = p->hidden + batch * (a->kv_len + 1);
     int64_t count = before[k1] - before[k0];
     if (count == k1 - k0) return KP_EMPTY;
     if (count) kind = KP_MIXED;
   }
   if (p->same) {
-    const int32_t *end = p->same + batch * a->positions;
-    const int64_t *id = a->documents + batch * a->positions;
+    const int32_t* end = p->same + batch * a->positions;
+    const int64_t* id = a->documents + batch * a->positions;
     if (end[q0] < q1 || end[k0] < k1) return KP_MIXED;
     if (id[q0] != id[k0]) return KP_EMPTY;
   }
@@ -83,9 +84,9 @@ static inline int kp_kind(const kp_plan *p, int64_t batch, int64_t q0, int64_t q
 }
 
 // One bit for each key of the panel at k0 that query i sees.
-static inline uint64_t kp_bits(const kp_plan *p, int64_t batch, int64_t i,
+static inline uint64_t kp_bits(const kp_plan* p, int64_t batch, int64_t i,
                                int64_t k0) {
-  const kp_args *a = p->a;
+  const kp_args* a = p->a;
   int64_t low = 0, high = a->kv_len - 1;
   if (a->window) {
     low = i - a->window + 1;
@@ -98,7 +99,7 @@ static inline uint64_t kp_bits(const kp_plan *p, int64_t batch, int64_t i,
   uint64_t bits = (0xffffu >> (KP_PANEL - 1 - high)) & (0xffffu << low);
   if (p->shown) bits &= p->shown[batch * p->panels + k0 / KP_PANEL];
   if (p->same) {
-    const int64_t *id = a->documents + batch * a->positions;
+    const int64_t* id = a->documents + batch * a->positions;
     for (int64_t j = low; j <= high; j++)
       if (id[k0 + j] != id[i]) bits &= ~((uint64_t)1 << j);
   }

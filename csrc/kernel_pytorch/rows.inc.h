@@ -17,28 +17,29 @@ INLINE uint16_t to_bfloat16(float x) {
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static void KP(read_row)(const kp_args *a, const void *base, int64_t at, float *to) {
+static void KP(read_row)(const kp_args* a, const void* base, int64_t at,
+                         float* to) {
   if (a->dtype == KP_FLOAT32) {
-    memcpy(to, (const float *)base + at, a->dim * sizeof(float));
+    memcpy(to, (const float*)base + at, a->dim * sizeof(float));
     return;
   }
-  const uint16_t *from = (const uint16_t *)base + at;
+  const uint16_t* from = (const uint16_t*)base + at;
   for (int64_t d = 0; d < a->dim; d++) to[d] = from_bfloat16(from[d]);
 }
 
-static void KP(write_row)(const kp_args *a, const float *from, float factor,
-                          void *base, int64_t at) {
+static void KP(write_row)(const kp_args* a, const float* from, float factor,
+                          void* base, int64_t at) {
   if (a->dtype == KP_FLOAT32) {
-    float *to = (float *)base + at;
+    float* to = (float*)base + at;
     for (int64_t d = 0; d < a->dim; d++) to[d] = from[d] * factor;
     return;
   }
-  uint16_t *to = (uint16_t *)base + at;
+  uint16_t* to = (uint16_t*)base + at;
   for (int64_t d = 0; d < a->dim; d++) to[d] = to_bfloat16(from[d] * factor);
 }
 
 // Is there a NaN or an infinity among n floats?
-static int KP(is_odd)(const float *x, int64_t n) {
+static int KP(is_odd)(const float* x, int64_t n) {
   int found = 0;
   for (int64_t i = 0; i < n; i++) {
     uint32_t bits;
@@ -49,7 +50,7 @@ static int KP(is_odd)(const float *x, int64_t n) {
 }
 
 // dim rounded up to whole vectors: the length of a packed row.
-INLINE int64_t padded(const kp_args *a) { return kp_ceil(a->dim, W) * W; }
+INLINE int64_t padded(const kp_args* a) { return kp_ceil(a->dim, W) * W; }
 
 // What a panel of keys is read from: the keys, or the remainder's behind them.
 typedef struct {
@@ -58,8 +59,9 @@ typedef struct {
   uint64_t shown;
 } KP(source);
 
-static KP(source) KP(find)(const kp_plan *p, int64_t b, int64_t head, int64_t panel) {
-  const kp_args *a = p->a;
+static KP(source)
+    KP(find)(const kp_plan* p, int64_t b, int64_t head, int64_t panel) {
+  const kp_args* a = p->a;
   KP(source) s = {.shown = ~(uint64_t)0};
   if (panel < p->panels) {
     int64_t k0 = panel * KP_PANEL;
@@ -79,9 +81,10 @@ static KP(source) KP(find)(const kp_plan *p, int64_t b, int64_t head, int64_t pa
   return s;
 }
 
-// Reads 16 rows of ld floats; zeros for keys that padding hides or that do not exist.
-static void KP(read_panel)(const kp_args *a, const KP(source) * s, int values,
-                           float *to, int64_t ld) {
+// Reads 16 rows of ld floats; zeros for keys that padding hides or that do not
+// exist.
+static void KP(read_panel)(const kp_args* a, const KP(source) * s, int values,
+                           float* to, int64_t ld) {
   for (int64_t i = 0; i < KP_PANEL; i++, to += ld) {
     int64_t used = 0;
     if (i < s->count && (s->shown >> i & 1)) {
@@ -96,8 +99,8 @@ static void KP(read_panel)(const kp_args *a, const KP(source) * s, int values,
 }
 
 // to[d][ld] gets the panel's 16 columns, times factor.
-static void KP(turn_panel)(const float *from, int64_t from_ld, int64_t dim,
-                           float factor, float *to, int64_t ld) {
+static void KP(turn_panel)(const float* from, int64_t from_ld, int64_t dim,
+                           float factor, float* to, int64_t ld) {
   for (int64_t d = 0; d < dim; d++)
     for (int64_t i = 0; i < KP_PANEL; i++)
       to[d * ld + i] = from[i * from_ld + d] * factor;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One source for every instruction set. The including file defines KP(name), the
-// vector width W, the vectors in a micro-tile NV, the type vf and the functions v_*.
+// One source for every instruction set. The including file defines KP(name),
+// the vector width W, the vectors in a micro-tile NV, the type vf and the
+// functions v_*.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
