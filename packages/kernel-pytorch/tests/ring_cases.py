@@ -16,6 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from reference import dense_attention, gradients, mask_parts
 
+from kernel_pytorch.attention.context_parallel import (
+    context_parallel_attention,
+    gather_sequence,
+    scatter_sequence,
+    shard_mask,
+    sum_gradients,
+)
 from kernel_pytorch.attention.layout import (
     shard_length,
     shard_positions,
@@ -50,7 +57,7 @@ def cases():
     return found
 
 
-def shard_mask(parts, rank, world, layout):
+def cut_parts(parts, rank, world, layout):
     found = dict(parts)
     for name in ("key_padding", "documents"):
         if name in found:
@@ -81,7 +88,7 @@ def run_case(case, group):
     n, layout = case[1], case[5]
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     tensors, d_out, d_lse, parts, wanted = whole(case)
-    mask = shard_mask(parts, rank, world, layout)
+    mask = cut_parts(parts, rank, world, layout)
 
     def cut(t):
         return take_shard(t, 2, rank, world, layout)
@@ -165,7 +172,7 @@ def run_stats(group, n=512, dim=16):
         ("window zigzag", {"causal": True, "window": 16}, "zigzag"),
         ("documents", {"documents": ids}, "contiguous"),
     ):
-        mask = shard_mask(parts, rank, world, layout)
+        mask = cut_parts(parts, rank, world, layout)
         out = ring_attention(q, q, q, mask, group=group, layout=layout)
         forward = vars(ring_stats())
         out.sum().backward()
@@ -175,6 +182,7 @@ def run_stats(group, n=512, dim=16):
 
 def run_sharding(group):
     """Check that shards are the positions they claim, and join to the whole."""
+    torch.manual_seed(0)
     for n in (0, 1, 5, 24, 31):
         x = torch.randn(2, n, 3)
         for layout in ("zigzag", "contiguous"):
@@ -187,6 +195,69 @@ def run_sharding(group):
             assert (part[:, ~real] == 0).all()
             assert torch.equal(unshard_sequence(part, 1, group, layout, n), x)
     return True
+
+
+def run_context(group, n=37, width=16, heads=4):
+    """Return the largest difference of a layer over ranks from one on one device."""
+    worst = 0.0
+    for kind in ("none", "causal_window", "causal_padding", "everything"):
+        parts = mask_parts(2, heads, n)[kind]
+        found = []
+        for where in (group, None):
+            torch.manual_seed(1)
+            weights = [torch.randn(width, width) / 4 for _ in range(4)]
+            x = torch.randn(2, n, width, requires_grad=True)
+            weights = [w.requires_grad_() for w in weights]
+            y = context_layer(x, weights, heads, MaskSpec(**parts), where)
+            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+            found.append([y.detach(), x.grad, *(w.grad for w in weights)])
+        for a, b in zip(*found, strict=True):
+            size = max(1.0, b.abs().max().item())
+            worst = max(worst, (a - b).abs().max().item() / size)
+    return worst
+
+
+def context_layer(x, weights, heads, mask, group, layout="zigzag"):
+    n = x.shape[1]
+    part = scatter_sequence(x, 1, group, layout)
+    weights = [sum_gradients(w, group) for w in weights]
+
+    def project(w):
+        return (part @ w.T).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    q, k, v = (project(w) for w in weights[:3])
+    own = shard_mask(mask, n, group, layout)
+    out = ring_attention(q, k, v, own, group=group, layout=layout, total_length=n)
+    y = out.transpose(1, 2).flatten(2) @ weights[3].T
+    return gather_sequence(y, 1, group, layout, n)
+
+
+def run_whole_attention(group):
+    """Return the error of whole-sequence attention, and a refusal."""
+    torch.manual_seed(2)
+    parts = mask_parts(2, 4, 37)["everything"]
+    tensors = [torch.randn(2, h, 37, 8) for h in (4, 2, 2)]
+    d_out = torch.randn(2, 4, 37, 8)
+    mask = MaskSpec(**parts)
+    found = gradients(
+        lambda *t: (
+            context_parallel_attention(*t, mask, group=group),
+            torch.zeros(()),
+        ),
+        tensors,
+        d_out,
+    )
+    wanted = gradients(lambda *t: dense_attention(*t, mask), tensors, d_out)
+    worst = (found[0] - wanted[0]).abs().max().item()
+    for a, b in zip(found[2], wanted[2], strict=True):
+        worst = max(worst, (a - b).abs().max().item() / max(1, b.abs().max().item()))
+    short = MaskSpec(key_padding=torch.ones(2, 37 - dist.get_rank(), dtype=torch.bool))
+    try:
+        context_parallel_attention(*tensors, short, group=group)
+        told = "nothing raised"
+    except ValueError as error:
+        told = str(error)
+    return worst, told
 
 
 def run_death(group):
@@ -226,7 +297,7 @@ def worker(rank, folder):
     )
     members = {"1": [1], "2": [3, 1], "3": [0, 1, 2], "4": [0, 1, 2, 3]}
     groups = {name: dist.new_group(ranks) for name, ranks in members.items()}
-    report = {"errors": {}, "stats": {}}
+    report = {"errors": {}, "stats": {}, "context": {}}
     for name, ranks in members.items():
         if rank not in ranks:
             continue
@@ -235,6 +306,8 @@ def worker(rank, folder):
             report["errors"][f"P{name}-{case[0]}"] = run_case(case, group)
         report["stats"][name] = run_stats(group, 480)
         run_sharding(group)
+        report["context"][name] = run_context(group)
+    report["whole"] = run_whole_attention(groups["4"])
     report["disagreements"] = run_disagreements(groups["4"])
     write(folder, rank, report)
     dist.barrier()

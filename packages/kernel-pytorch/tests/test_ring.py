@@ -128,6 +128,22 @@ def test_ranks_that_disagree_raise_the_same_error(reports, name, told):
 
 
 @pytest.mark.critical
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_layer_over_ranks_has_one_devices_gradients(reports, world):
+    errors = [r["context"][world] for r in reports if world in r["context"]]
+    assert len(errors) == int(world)
+    assert max(errors) <= 1e-5
+
+
+@pytest.mark.critical
+def test_whole_sequence_in_and_out(reports):
+    assert max(report["whole"][0] for report in reports) <= 1e-5
+    messages = {report["whole"][1] for report in reports}
+    assert len(messages) == 1
+    assert "rank 1: InvalidValue: key_padding of shape (2, 36)" in messages.pop()
+
+
+@pytest.mark.critical
 def test_a_dead_rank_makes_the_others_raise(reports):
     for rank in (0, 1, 3):
         told, seconds = reports[rank]["death"]

@@ -277,12 +277,7 @@ def _document_ranges(
     """Smallest and largest id of each rank: int64 [world, B, 2]."""
     if documents is None or plan.world == 1:
         return None
-    ids = plan.without_padding(documents, rank)
-    if not ids.shape[1]:
-        ranges = torch.tensor([1, 0]).expand(len(ids), 2)
-    else:
-        ranges = torch.stack(ids.aminmax(dim=1), 1).long().cpu()
-    return gather(ranges, group, plan.world)
+    return gather(plan.document_range(documents, rank), group, plan.world)
 
 
 def _signature(

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernel_pytorch.attention.blocks import INF, lse_dtype
-from kernel_pytorch.attention.layout import segments
+from kernel_pytorch.attention.layout import segments, take_shard
 from kernel_pytorch.attention.masks import EMPTY, LaidMask, MaskSpec
 from kernel_pytorch.attention.tiling import backward, forward, merge_into
+from torchworks_core.errors import InvalidValue
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,14 @@ class ShardPlan:
         """Drop the padding of a shard [B, n]."""
         kept = [x[:, place] for place, _ in self.parts(rank)]
         return torch.cat(kept, 1) if kept else x[:, :0]
+
+    def document_range(self, ids: Tensor | None, rank: int) -> Tensor:
+        """Smallest and largest document id of a shard: int64 [B, 2] on the CPU."""
+        assert ids is not None
+        ids = self.without_padding(ids, rank)
+        if not ids.shape[1]:
+            return torch.tensor([1, 0]).expand(len(ids), 2)
+        return torch.stack(ids.aminmax(dim=1), 1).long().cpu()
 
     def steps(self, documents: Tensor | None = None) -> tuple[int, ...]:
         """Steps in which some rank has something to see, from 0 on.
@@ -231,3 +241,29 @@ class ShardPlan:
             for _, real in self.parts(rank)
             for _, k_real in self.parts(source)
         )
+
+
+def cut_mask(
+    mask: MaskSpec, total: int, rank: int, world: int, layout: str
+) -> MaskSpec:
+    """Cut a mask of ``total`` queries and keys to one rank's shard.
+
+    Raises:
+        InvalidValue: a tensor of the mask has another length.
+
+    Example:
+        >>> mask = MaskSpec(documents=torch.tensor([[1, 1, 2, 2]]))
+        >>> cut_mask(mask, 4, 1, 2, "contiguous").documents
+        tensor([[2, 2]])
+    """
+    found: dict[str, Any] = {}
+    for name, part in mask.tensors().items():
+        dim = part.ndim - 2 if name == "bias" else 1
+        length = part.shape[dim] if dim >= 0 else 1
+        if length != total and not (name == "bias" and length == 1):
+            shape = tuple(part.shape)
+            raise InvalidValue(f"{name} of shape {shape}", f"there are {total} tokens")
+        if name == "bias" and length == 1:
+            continue
+        found[name] = take_shard(part, dim, rank, world, layout)
+    return replace(mask, **found)
