@@ -67,12 +67,12 @@ def block_forward(
         >>> block_forward(q, k, k + 1, Block(0.5, diagonal=True))[1].exp()
         tensor([[[1., 2.]]])
     """
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
     if not q.numel() or not k.numel():
-        return out.zero_(), lse.fill_(-INF)
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -INF, dtype=lse_dtype(q))
     groups = q.shape[1] // k.shape[1]
     if groups == 1:
         return _forward(q, k, v, block)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
     for g in range(groups):
         part = block._replace(tile=_of_group(block.tile, g, groups))
         out[:, g::groups], lse[:, g::groups] = _forward(q[:, g::groups], k, v, part)

@@ -167,6 +167,7 @@ class LaidMask:
     k_documents: Tensor | None = None
     bias: Tensor | None = None
     checks: bool = field(init=False, default=True)
+    _alike: dict[tuple[int, int, int], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         found = (self.keep, self.q_documents, self.bias)
@@ -244,6 +245,12 @@ class LaidMask:
             return known
         low, high = self.span
         device = self._device()
+        # Tiles along a window are all alike: only the distance of rows and keys counts.
+        like = None
+        if isinstance(rows, range) and isinstance(columns, range):
+            like = (rows.start - columns.start, len(rows), len(columns))
+            if like in self._alike:
+                return self._alike[like]
         q, k = _vector(rows, device), _vector(columns, device)
         distance = q[:, None] - k[None, :]
         seen = distance >= low if low > -INF else None
@@ -251,6 +258,10 @@ class LaidMask:
             near = distance <= high
             seen = near if seen is None else seen.logical_and_(near)
         assert seen is not None
+        if like is not None:
+            if len(self._alike) > 8:
+                self._alike.clear()
+            self._alike[like] = seen[None, None]
         return seen[None, None]
 
     def _by_padding(self, k0: int, k1: int) -> Tile | Tensor:
