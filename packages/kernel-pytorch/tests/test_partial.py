@@ -316,3 +316,12 @@ def test_cuda_kernels(dtype, kind):
         return out.cpu(), lse.cpu()
 
     check(on_gpu, tensors, mask, False, 2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.fast
+def test_a_second_derivative_is_refused():
+    q, k, v = (t.requires_grad_() for t in inputs())
+    out, _ = partial_attention(q, k, v)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(grad.sum(), q)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernel_pytorch.attention.blocks import INF, check_qkv, lse_dtype
 from kernel_pytorch.attention.masks import LaidMask, MaskSpec
@@ -171,6 +172,7 @@ class _Blockwise(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_out, d_lse = grads
         q, k, v, out, lse = ctx.saved_tensors

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from kernel_pytorch.attention.blocks import lse_dtype
@@ -80,9 +81,9 @@ def project_and_attend(
     laid = lay_mask(mask, probe, probe)
     if chunk_size is None:
         # About six tensors of one chunk are alive at once; together they may be as
-        # large as a seventh of x, so that they don't undo what streaming saves.
+        # large as a fourteenth of x, so that they don't undo what streaming saves.
         row = 6 * x.shape[0] * heads * dim * max(x.element_size(), 4)
-        budget = min(_TEMPORARIES, x.numel() * x.element_size() // 7)
+        budget = min(_TEMPORARIES, x.numel() * x.element_size() // 14)
         chunk_size = max(512, budget // max(row, 1))
     elif chunk_size < 1:
         raise InvalidValue(f"chunk_size={chunk_size}", "it must be None or >= 1")
@@ -177,6 +178,7 @@ class _Layer(torch.autograd.Function):
         return y, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy, settings = grads[0], ctx.settings
         x, k, v, saved, lse, *parts = ctx.saved_tensors

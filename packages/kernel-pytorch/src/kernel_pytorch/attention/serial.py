@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernel_pytorch.attention.blocks import INF, check_qkv
 from kernel_pytorch.attention.layout import join_shards, shard_length, take_shard
@@ -100,6 +101,7 @@ class _SerialRing(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         shards: _Shards = ctx.shards
