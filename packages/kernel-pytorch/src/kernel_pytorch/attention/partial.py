@@ -173,6 +173,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore [bad-override]  (the decorator hides the signature)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_out, d_lse = grads
         q, k, v, out, lse = ctx.saved_tensors

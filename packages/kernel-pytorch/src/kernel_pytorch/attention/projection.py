@@ -179,6 +179,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore [bad-override]  (the decorator hides the signature)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy, settings = grads[0], ctx.settings
         x, k, v, saved, lse, *parts = ctx.saved_tensors

@@ -102,6 +102,7 @@ class _SerialRing(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore [bad-override]  (the decorator hides the signature)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         shards: _Shards = ctx.shards
