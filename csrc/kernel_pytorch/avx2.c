@@ -5,6 +5,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "plan.h"
+
 #define KP(name) kp_##name##_avx2
 #define W 8
 #define NV 2
@@ -37,15 +39,15 @@ static inline vf v_keep(unsigned bits, vf x, vf other) {
 static inline vf v_round(vf x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// The exponent is put together by hand, so that x must stay in the normal
-// range; what was below it gives 0.
+// The exponent is put together by hand, so x must stay in the normal range. max
+// passes a NaN in its second operand on.
 static inline vf v_clamp(vf x) {
-  return _mm256_max_ps(_mm256_set1_ps(-126.0f), x);
+  return _mm256_max_ps(_mm256_set1_ps(SMALLEST), x);
 }
 static inline vf v_scale(vf p, vf r, vf x) {
   __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(r), _mm256_set1_epi32(127));
   vf power = _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
-  vf live = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLE_UQ);
+  vf live = _mm256_cmp_ps(x, _mm256_set1_ps(SMALLEST), _CMP_NLE_UQ);
   return _mm256_and_ps(_mm256_mul_ps(p, power), live);
 }
 

@@ -4,6 +4,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "plan.h"
+
 #define KP(name) kp_##name##_avx512
 #define W 16
 #define NV 4
@@ -22,17 +24,14 @@ static inline int v_any_above(vf a, vf b) {
 static inline vf v_keep(unsigned bits, vf x, vf other) {
   return _mm512_mask_mov_ps(other, (__mmask16)bits, x);
 }
-// The fraction and the whole part of x, and p * 2^r: together they make 2^x.
-// -inf gives 0, and max passes a NaN in its second operand on.
 static inline vf v_round(vf x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-static inline vf v_clamp(vf x) {
-  return _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-}
+// The mask does the clamping: a NaN passes, -inf gives 0.
+static inline vf v_clamp(vf x) { return x; }
 static inline vf v_scale(vf p, vf r, vf x) {
-  (void)x;
-  return _mm512_scalef_ps(p, r);
+  __mmask16 live = _mm512_cmp_ps_mask(x, v_set(SMALLEST), _CMP_NLE_UQ);
+  return _mm512_maskz_scalef_ps(live, p, r);
 }
 
 #include "tile.inc.h"

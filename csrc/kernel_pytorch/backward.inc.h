@@ -160,10 +160,10 @@ static void KP(backward_block)(const kp_plan* p, KP(space) * w,
     int64_t rows = kp_min(TILE, q1 - q0);
     int kind = kp_kind(p, keys->b, q0, q0 + rows, k0, k0 + keys->count);
     if (kind == KP_EMPTY) continue;
-    for (int64_t i = 0; i < rows && kind == KP_MIXED; i++) {
-      w->bits[i] = 0;
+    if (kind == KP_MIXED) {
+      memset(w->bits, 0, rows * sizeof(uint64_t));
       for (int64_t n = 0; n < keys->count; n += KP_PANEL)
-        w->bits[i] |= kp_bits(p, keys->b, q0 + i, k0 + n) << n;
+        kp_add_bits(p, keys->b, q0, q0 + rows, k0 + n, n, w->bits);
     }
     KP(backward_tile)(p->a, w, keys, q0, rows,
                       kind == KP_MIXED ? w->bits : NULL);

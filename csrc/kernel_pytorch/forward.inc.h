@@ -182,39 +182,44 @@ static void KP(attend)(const KP(tile) * t, KP(work) * w, const kp_args* a) {
   }
 }
 
-// Walks the panels list[from:to]; `shown` gives the bits of a query and a
-// panel, or is null where every key is seen.
-typedef uint64_t (*KP(look))(const kp_plan* p, int64_t b, int64_t row,
-                             int64_t panel);
-
-static uint64_t KP(look_mask)(const kp_plan* p, int64_t b, int64_t row,
-                              int64_t panel) {
-  return kp_bits(p, b, row, panel * KP_PANEL);
-}
-
-static uint64_t KP(look_rest)(const kp_plan* p, int64_t b, int64_t row,
-                              int64_t panel) {
-  (void)b;
+static uint64_t KP(rest_bits)(const kp_plan* p, int64_t row, int64_t panel) {
   int64_t n = (panel - p->panels) * KP_PANEL;
   return p->rest[row * p->words + n / 64] >> (n % 64) & 0xffff;
 }
 
+// What the walk over a list of panels asks for.
+enum { WHOLE, MASKED, REST };
+
+static void KP(tile_bits)(const kp_plan* p, KP(work) * w, int64_t b,
+                          int64_t row, int kind, int64_t panel, int64_t shift) {
+  if (kind == MASKED) {
+    kp_add_bits(p, b, row, row + w->rows, panel * KP_PANEL, shift, w->bits);
+    return;
+  }
+  uint64_t bits = KP(rest_bits)(p, row, panel) << shift;
+  for (int64_t j = 0; j < w->rows; j++) w->bits[j] |= bits;
+}
+
+// Walks the panels list[from:to]. `row` is the first query, or for the
+// remainder the row of `rest`; `base` is the first panel of the head.
 static void KP(walk)(const KP(packed) * s, KP(work) * w, int64_t b,
-                     int64_t base, int64_t row, int64_t step, int64_t from,
-                     int64_t to, KP(look) look) {
+                     int64_t base, int64_t row, int64_t from, int64_t to,
+                     int kind) {
   const kp_plan* p = s->p;
   int64_t ld = padded(p->a), k = KP_PANEL * p->a->dim, v = KP_PANEL * ld;
   for (int64_t n = from; n < to; n += 4) {
-    KP(tile) t = {.count = kp_min(4, to - n), .bits = look ? w->bits : NULL};
-    if (look) memset(w->bits, 0, w->rows * sizeof(uint64_t));
+    KP(tile) t = {.count = kp_min(4, to - n)};
+    if (kind != WHOLE) {
+      t.bits = w->bits;
+      memset(w->bits, 0, w->rows * sizeof(uint64_t));
+    }
     for (int64_t i = 0; i < t.count; i++) {
       int64_t panel = w->list[n + i], extra = panel - p->panels;
       t.keys[i] = s->keys + (base + panel) * k;
       t.values[i] = s->values + (base + panel) * v;
-      t.weight[i] = extra >= 0 ? s->extra_weight + extra * KP_PANEL : NULL;
+      t.weight[i] = kind == REST ? s->extra_weight + extra * KP_PANEL : NULL;
       t.odd |= s->odd[base + panel];
-      for (int64_t j = 0; look && j < w->rows; j++)
-        w->bits[j] |= look(p, b, row + j * step, panel) << (KP_PANEL * i);
+      if (kind != WHOLE) KP(tile_bits)(p, w, b, row, kind, panel, KP_PANEL * i);
     }
     for (int64_t i = 0; i < kp_min(4, to - n - t.count); i++) {
       t.next_keys[i] = s->keys + (base + w->list[n + t.count + i]) * k;
@@ -274,13 +279,13 @@ static void KP(forward_row)(const KP(packed) * s, KP(work) * w, int64_t item) {
   memset(w->sum, 0, w->rows * W * sizeof(float));
   for (int64_t i = 0; i < w->rows; i++) w->top[i] = LOWEST;
   KP(list_panels)(p, w, b, list * p->q_blocks + block, q0, &mixed, &end);
-  KP(walk)(s, w, b, base, q0, 1, 0, mixed, NULL);
-  KP(walk)(s, w, b, base, q0, 1, mixed, end, KP(look_mask));
+  KP(walk)(s, w, b, base, q0, 0, mixed, WHOLE);
+  KP(walk)(s, w, b, base, q0, mixed, end, MASKED);
   if (p->rest) {
     int64_t row = bh * p->q_blocks + block, n = 0;
     for (int64_t i = p->panels; i < p->panels + p->extra_panels; i++)
-      if (KP(look_rest)(p, b, row, i)) w->list[n++] = i;
-    KP(walk)(s, w, b, base, row, 0, 0, n, KP(look_rest));
+      if (KP(rest_bits)(p, row, i)) w->list[n++] = i;
+    KP(walk)(s, w, b, base, row, 0, n, REST);
   }
   KP(finish)(a, w, bh * a->q_len + q0);
 }

@@ -156,7 +156,8 @@ static void KP(gemm_careful)(int64_t rows, const float* a, int64_t row,
     }
 }
 
-// 2^x; relative error 1.5e-7. Minimax polynomial of degree 5 on [-1/2, 1/2].
+// 2^x, 0 below SMALLEST; relative error 1.5e-7. Minimax polynomial of degree 5
+// on [-1/2, 1/2].
 INLINE vf v_exp2(vf x) {
   x = v_clamp(x);
   vf r = v_round(x), f = x - r;

@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "plan.h"
+
 #define KP(name) kp_##name##_generic
 #define W 4
 #define NV 2
@@ -41,12 +43,12 @@ static inline vf v_round(vf x) {
   const vf magic = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
   return (x + magic) - magic;
 }
-static inline vf v_clamp(vf x) { return v_max(v_set(-126.0f), x); }
+static inline vf v_clamp(vf x) { return v_max(v_set(SMALLEST), x); }
 static inline vf v_scale(vf p, vf r, vf x) {
   // A NaN has no whole part: 0 stands in for it, and p brings the NaN.
   vi e = __builtin_convertvector(v_pick(r == r, r, v_set(0.0f)), vi);
   vf power = (vf)((e + 127) << 23);
-  return v_pick(~(vi)(x <= v_set(-126.0f)), p * power, v_set(0.0f));
+  return v_pick(~(vi)(x <= v_set(SMALLEST)), p * power, v_set(0.0f));
 }
 
 #include "tile.inc.h"

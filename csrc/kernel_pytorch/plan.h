@@ -13,6 +13,11 @@
 
 #include "block_sparse.h"
 
+// Below this exp2 gives 0. Weights so small change no sum in float32, and a
+// little further down subnormal numbers make the arithmetic a hundred times
+// slower.
+#define SMALLEST -100.0f
+
 #define KP_PANEL 16
 #define KP_MAX_DIM 256
 #define KP_LOG2E 1.44269504088896340736f
@@ -53,9 +58,10 @@ static inline int64_t kp_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t kp_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t kp_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Do queries [q0, q1) see none, all or some of the keys [k0, k1)?
-static inline int kp_kind(const kp_plan* p, int64_t batch, int64_t q0,
-                          int64_t q1, int64_t k0, int64_t k1) {
+// Do queries [q0, q1) see none, all or some of the keys [k0, k1), padding
+// aside? Where the answer is not KP_MIXED, all these queries see the same keys.
+static inline int kp_kind_unpadded(const kp_plan* p, int64_t batch, int64_t q0,
+                                   int64_t q1, int64_t k0, int64_t k1) {
   const kp_args* a = p->a;
   int kind = KP_FULL;
   if (a->causal) {
@@ -68,12 +74,6 @@ static inline int kp_kind(const kp_plan* p, int64_t batch, int64_t q0,
     if (k0 <= q1 - 1 - a->window) kind = KP_MIXED;
     if (!a->causal && k1 - 1 >= q0 + a->window) kind = KP_MIXED;
   }
-  if (p->hidden) {
-    const int32_t* before = p->hidden + batch * (a->kv_len + 1);
-    int64_t count = before[k1] - before[k0];
-    if (count == k1 - k0) return KP_EMPTY;
-    if (count) kind = KP_MIXED;
-  }
   if (p->same) {
     const int32_t* end = p->same + batch * a->positions;
     const int64_t* id = a->documents + batch * a->positions;
@@ -81,6 +81,17 @@ static inline int kp_kind(const kp_plan* p, int64_t batch, int64_t q0,
     if (id[q0] != id[k0]) return KP_EMPTY;
   }
   return kind;
+}
+
+// The same with padding.
+static inline int kp_kind(const kp_plan* p, int64_t batch, int64_t q0,
+                          int64_t q1, int64_t k0, int64_t k1) {
+  int kind = kp_kind_unpadded(p, batch, q0, q1, k0, k1);
+  if (kind == KP_EMPTY || !p->hidden) return kind;
+  const int32_t* before = p->hidden + batch * (p->a->kv_len + 1);
+  int64_t count = before[k1] - before[k0];
+  if (count == k1 - k0) return KP_EMPTY;
+  return count ? KP_MIXED : kind;
 }
 
 // One bit for each key of the panel at k0 that query i sees.
@@ -104,6 +115,19 @@ static inline uint64_t kp_bits(const kp_plan* p, int64_t batch, int64_t i,
       if (id[k0 + j] != id[i]) bits &= ~((uint64_t)1 << j);
   }
   return bits;
+}
+
+// Adds the bits of one panel, times 2^shift, to those of queries [q0, q1).
+static inline void kp_add_bits(const kp_plan* p, int64_t batch, int64_t q0,
+                               int64_t q1, int64_t k0, int64_t shift,
+                               uint64_t* bits) {
+  int64_t k1 = kp_min(k0 + KP_PANEL, p->a->kv_len);
+  int each = kp_kind_unpadded(p, batch, q0, q1, k0, k1) == KP_MIXED;
+  uint64_t found = kp_bits(p, batch, q0, k0);
+  for (int64_t i = q0; i < q1; i++) {
+    if (each) found = kp_bits(p, batch, i, k0);
+    bits[i - q0] |= found << shift;
+  }
 }
 
 #endif  // KERNEL_PYTORCH_PLAN_H_

@@ -88,3 +88,16 @@ def test_wheel_from_the_sdist_has_the_kernel(tree, tmp_path):
     assert "py3-none-" in wheel.name
     assert not wheel.name.endswith("any.whl")
     assert not (folder / "src" / "kernel_pytorch" / "_native").exists()
+
+
+@pytest.mark.fast
+def test_editable_builds_into_the_source_tree(tree, tmp_path):
+    code = "import sys, hatchling.build as b; print(b.build_editable(sys.argv[1]))"
+    env = {**os.environ, "CC": "/bin/false"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    folder = tree / "src" / "kernel_pytorch" / "_native"
+    record = json.loads((folder / "build.json").read_text())
+    shutil.rmtree(folder)
+    assert "/bin/false" in record["reason"]
