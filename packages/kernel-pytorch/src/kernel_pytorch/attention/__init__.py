@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention as one exact blockwise operation, run under a plan.
+
+`partial_attention` and `merge_partials` are the operation; `attention` (one device),
+`ring_attention` (ranks) and `block_sparse_attention` (the blocks of a `BlockIndex`)
+are the plans. Each takes a `MaskSpec`.
+"""
+
+from kernel_pytorch.attention.block_index import BlockIndex
+from kernel_pytorch.attention.block_sparse import block_sparse_attention
+from kernel_pytorch.attention.layout import (
+    shard_positions,
+    shard_sequence,
+    unshard_sequence,
+)
+from kernel_pytorch.attention.masks import MaskSpec
+from kernel_pytorch.attention.native import NativeStatus, native_status
+from kernel_pytorch.attention.partial import merge_partials, partial_attention
+from kernel_pytorch.attention.ring import RingStats, ring_attention, ring_stats
+from kernel_pytorch.attention.streaming import attention
+
+__all__ = [
+    "BlockIndex",
+    "MaskSpec",
+    "NativeStatus",
+    "RingStats",
+    "attention",
+    "block_sparse_attention",
+    "merge_partials",
+    "native_status",
+    "partial_attention",
+    "ring_attention",
+    "ring_stats",
+    "shard_positions",
+    "shard_sequence",
+    "unshard_sequence",
+]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's and the examples' code runs and does what is said of it."""
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def test_readme_examples():
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    examples = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(examples, {}, "README.md", None, 0)
+    assert len(test.examples) > 5
+    result = doctest.DocTestRunner().run(test)
+    assert result.failed == 0
+
+
+def test_readme_names_the_files():
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+\.py)`", text))
+    there = (PACKAGE / "src/kernel_pytorch/attention").glob("*.py")
+    assert named == {file.name for file in there} - {"__init__.py"}
+
+
+@pytest.mark.fast
+def test_ring_example_learns():
+    command = [sys.executable, "examples/train_ring.py", "--steps", "30"]
+    command += ["--tokens", "128"]
+    done = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [float(found) for found in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0] - 0.5
