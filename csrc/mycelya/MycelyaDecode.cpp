@@ -118,13 +118,6 @@ bool covers_storage(const at::Tensor& tensor, const View& view) {
          tensor.is_non_overlapping_and_dense();
 }
 
-bool is_plain_dtype(int64_t number) {
-  return number >= 0 &&
-         number < static_cast<int64_t>(at::ScalarType::NumOptions) &&
-         static_cast<at::ScalarType>(number) != at::ScalarType::Undefined &&
-         !c10::isQIntType(static_cast<at::ScalarType>(number));
-}
-
 }  // namespace
 
 // Reads the values of one call.
@@ -219,7 +212,7 @@ class Decoder {
     if (tag != 'I') refuse(tag);
     auto number = in_.get<int64_t>();
     bool fine =
-        kind == TypeKind::ScalarTypeType ? is_plain_dtype(number)
+        kind == TypeKind::ScalarTypeType ? is_known_dtype_number(number)
         : kind == TypeKind::LayoutType
             ? number == static_cast<int64_t>(c10::Layout::Strided)
             : number >= 0 &&
@@ -259,7 +252,7 @@ class Decoder {
   at::Tensor scalar_tensor() {
     auto number = in_.get<int8_t>();
     auto wrapped = in_.get<uint8_t>();
-    MYCELYA_PROTOCOL(is_plain_dtype(number) && wrapped <= 1,
+    MYCELYA_PROTOCOL(is_known_dtype_number(number) && wrapped <= 1,
                      "a bad scalar tensor");
     View view;
     view.dtype = static_cast<at::ScalarType>(number);
