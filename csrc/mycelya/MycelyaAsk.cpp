@@ -117,6 +117,7 @@ Connection::WaiterPtr Connection::queue_question(Frame type,
                                                  void* to, size_t count) {
   auto waiter = std::make_shared<Waiter>();
   waiter->correlation = ++correlation_;
+  asked_ = Clock::now();
   waiter->to = static_cast<char*>(to);
   waiter->expected = count;
   Block block;

@@ -321,6 +321,7 @@ class Connection {
   std::unordered_map<uint64_t, WaiterPtr> waiters_;
   int waiting_ = 0;
   uint64_t correlation_ = 0;
+  Clock::time_point asked_;                 // when the last question was queued
   std::unique_ptr<RemoteFailure> pending_;  // nobody has seen it yet
   uint64_t raised_serial_ = 0;
   uint64_t heard_ = 0;     // bytes
