@@ -440,6 +440,7 @@ def receive(amount, seed):
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     import mycelya_torch  # noqa: F401 - loads the library
 
+    training(torch.device("cpu"))  # what torch imports late is no hang
     print(json.dumps(FuzzedClients(amount, seed).run()))
 
 
