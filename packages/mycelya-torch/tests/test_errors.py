@@ -208,3 +208,13 @@ def test_failure_in_backward(both):
         train()
     assert caught.value.op == "aten::index_select"
     assert (x.detach() + 1).tolist() == [2, 2, 2, 2]
+
+
+def test_pooling_backward_looks_at_its_indices(device):
+    grad, pooled = torch.ones(1, 1, 4, 4, device=device), torch.ones(1, 1, 8, 8)
+    indices = torch.full((1, 1, 4, 4), 64, device=device)
+    layout = [2, 2], [2, 2], [0, 0], [1, 1], False
+    backward = torch.ops.aten.max_pool2d_with_indices_backward
+    with pytest.raises(IndexError, match="in a plane of 64"):
+        backward(grad, pooled.to(device), *layout, indices).cpu()
+    assert backward(grad, pooled.to(device), *layout, indices - 1).sum().item() == 16
