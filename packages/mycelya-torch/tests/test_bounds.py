@@ -232,7 +232,7 @@ def test_interrupted_load_leaves_nothing_on_the_worker(both, monkeypatch, tmp_pa
     both.synchronize()  # takes the storages along that are to be freed
     torch.ones(1, device=both.device()).item()
     assert torch.mycelya.memory_allocated(both.device()) - before < 1 << 20
-    assert both.stats().storages_live == live
+    assert both.stats().storages_live <= live
     token = both._life.request(
         {"do": "list", "repo_id": str(tmp_path), "path": "", "revision": None}, "load"
     )["token"]

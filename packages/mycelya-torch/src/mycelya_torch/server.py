@@ -167,7 +167,7 @@ class Server:
             return stream, _handshake.check_client(hello)
         except BaseException:
             time.sleep(FAILURE_DELAY)
-            stream.close()
+            _cut(stream)
             raise
 
     def _host(self, stream: socket.socket, hello: dict[str, Any], peer: str) -> None:
