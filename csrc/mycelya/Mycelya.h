@@ -21,7 +21,6 @@ constexpr size_t kMaxPayload = size_t{16} << 20;  // of one frame
 constexpr size_t kMaxDims = 64;
 constexpr size_t kMaxSignatures = 65536;  // alive at a time, per machine
 constexpr size_t kMaxName = 255;          // bytes of an operator's name
-constexpr size_t kMaxArguments = 64;      // of one operator
 constexpr size_t kMaxListItems = size_t{1} << 20;
 constexpr size_t kMaxStorageBytes = size_t{1} << 38;
 

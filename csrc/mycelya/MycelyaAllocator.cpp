@@ -21,7 +21,6 @@ namespace {
 constexpr int kClasses = 32;
 constexpr int kSmallestBits = 9;  // 512 bytes
 
-thread_local bool t_announce = true;
 thread_local int t_device = 0;
 
 // One size class: `records[i]` belongs to the i-th address of its region.
@@ -120,9 +119,7 @@ class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t nbytes) override {
     auto pointer = new_data_ptr(t_device, nbytes);
-    if (t_announce) {
-      send_alloc(*static_cast<StorageRecord*>(pointer.get_context()));
-    }
+    send_alloc(*static_cast<StorageRecord*>(pointer.get_context()));
     return pointer;
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -143,7 +140,6 @@ StorageRecord* reserve_address(size_t nbytes) {
 StorageRecord* record_at(const void* address) {
   return addresses().find(address);
 }
-bool is_reserved(const void* address) { return addresses().contains(address); }
 c10::Allocator* allocator() { return &g_allocator; }
 
 void recycle(StorageRecord* list) {
@@ -161,9 +157,5 @@ int set_current_device(int index) {
               index, " is not in 0..", kMaxMachines - 1);
   return std::exchange(t_device, index);
 }
-
-SilentAllocation::SilentAllocation()
-    : former_(std::exchange(t_announce, false)) {}
-SilentAllocation::~SilentAllocation() { t_announce = former_; }
 
 }  // namespace mycelya

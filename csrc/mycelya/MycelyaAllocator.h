@@ -18,25 +18,10 @@ StorageRecord* reserve_address(size_t nbytes);
 // The record whose range holds this address, or null.
 StorageRecord* record_at(const void* address);
 
-// Where the whole reservation lies; for tests and for `getDeviceFromPtr`.
-bool is_reserved(const void* address);
-
 c10::Allocator* allocator();
 
 // The device index that `allocate` serves in this thread.
 int current_device();
 int set_current_device(int index);  // the former one; refuses unknown indices
-
-// Storages made in this scope are not announced: a record says that they exist.
-class SilentAllocation {
- public:
-  SilentAllocation();
-  ~SilentAllocation();
-  SilentAllocation(const SilentAllocation&) = delete;
-  SilentAllocation& operator=(const SilentAllocation&) = delete;
-
- private:
-  bool former_;
-};
 
 }  // namespace mycelya

@@ -87,6 +87,7 @@ class Answer {
         result.layout() == at::kStrided && result.has_storage() &&
             !result.is_quantized(),
         "the result is no plain strided tensor, it cannot be kept");
+    check_inside(result);
     if (result.device() != target_.device) return result.to(target_.device);
     return result._is_zerotensor() ? result.clone() : result;
   }

@@ -58,7 +58,13 @@ void Connection::finish_read(uint64_t correlation, const std::string& reason) {
   WithoutGil without;
   Lock lock(mutex_);
   auto found = waiters_.find(correlation);
-  if (found == waiters_.end() && !is_open()) raise_ended(lock);
+  if (found == waiters_.end() && !is_open()) {
+    // The machine ended; its last bytes may still be on their way into `to`.
+    while (busy_ != nullptr && busy_->correlation == correlation) {
+      wait_changed(lock, 0.05);
+    }
+    raise_ended(lock);
+  }
   TORCH_CHECK(found != waiters_.end(), "mycelya: no read has the number ",
               correlation);
   auto waiter = found->second;
@@ -94,7 +100,7 @@ std::string Connection::ask_and_wait(Frame type, const std::string& payload,
   about_to_wait(reason);
   WithoutGil without;
   auto start = Clock::now();
-  Lock lock = begin_append();
+  Lock lock = begin_append(/*raises=*/false);
   auto waiter = queue_question(type, payload, to, count);
   try {
     // Handing the question to the writer would cost a change of threads.
@@ -111,6 +117,7 @@ Connection::WaiterPtr Connection::queue_question(Frame type,
                                                  void* to, size_t count) {
   auto waiter = std::make_shared<Waiter>();
   waiter->correlation = ++correlation_;
+  asked_ = Clock::now();
   waiter->to = static_cast<char*>(to);
   waiter->expected = count;
   Block block;

@@ -84,6 +84,7 @@ void Connection::reset(Settings settings) {
   retained_.clear();
   control_.clear();
   fresh_block();
+  later_.clear();
   newest_ = numbered_ = acknowledged_ = received_ = 0;
   queued_ = retained_bytes_ = front_sent_ = 0;
   placed_ = sent_place_ = 0;
@@ -330,34 +331,38 @@ void Connection::update_slow() {
       !is_open() || draining_ || pending_ != nullptr || uploading_ || is_full();
 }
 
-Connection::Lock Connection::begin_append() {
+Connection::Lock Connection::begin_append(bool raises) {
   check_fork();
   Lock lock(mutex_);
-  if (C10_UNLIKELY(slow_)) settle(lock);
+  if (C10_UNLIKELY(slow_)) settle(lock, raises);
   if (freed_.load(std::memory_order_relaxed) != nullptr) write_freed();
+  if (C10_UNLIKELY(!later_.empty())) {
+    block_ += later_;
+    later_.clear();
+  }
   before_ = block_.size();
   newest_before_ = newest_;
   return lock;
 }
 
-void Connection::settle(Lock& lock) {
+void Connection::settle(Lock& lock, bool raises) {
   for (;;) {
     if (!is_open() || draining_) raise_ended(lock);
-    raise_pending(lock);
+    if (raises) raise_pending(lock);
     if (!uploading_ && !is_full()) break;
     lock.unlock();
-    wait_for_room();
+    wait_for_room(raises);
     lock.lock();
   }
   update_slow();
 }
 
-void Connection::wait_for_room() {
+void Connection::wait_for_room(bool raises) {
   WithoutGil without;
   Lock lock(mutex_);
   Patience patience;
-  while (is_open() && !draining_ && pending_ == nullptr &&
-         (uploading_ || is_full())) {
+  while (is_open() && !draining_ && (uploading_ || is_full())) {
+    if (raises && pending_ != nullptr) return;
     check_start(lock);
     urge();
     wait_changed(lock, 0.1);
@@ -393,6 +398,12 @@ void Connection::end_append(Lock lock, int ops) {
 void Connection::undo_append() {
   block_.resize(before_);
   newest_ = newest_before_;
+}
+
+void Connection::append_later(const std::string& record) noexcept {
+  if (in_bad_fork() || !is_open()) return;
+  Lock lock(mutex_);
+  if (is_open()) later_ += record;
 }
 
 void Connection::free(StorageRecord* record) noexcept {

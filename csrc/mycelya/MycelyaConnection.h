@@ -95,6 +95,9 @@ class Connection {
     }
     end_append(std::move(lock), ops);
   }
+  // Appends a record before the next one, if the machine runs. From a
+  // destructor: neither raises nor waits.
+  void append_later(const std::string& record) noexcept;
   // Sends `count` bytes from `data` as UPLOAD to a storage. Small ones are
   // copied; larger ones are sent from `data`. With `keep` the call returns at
   // once, and `keep` owns `data` until it is sent.
@@ -179,13 +182,14 @@ class Connection {
   };
 
   // ---- MycelyaConnection.cpp ----
-  // Raises what is pending, waits for room, frees what is queued to be freed,
-  // and makes `block_` the open OPS block.
-  Lock begin_append();
+  // Waits for room, frees what is queued to be freed, and makes `block_` the
+  // open OPS block. `raises`: a failure that nobody has seen, first. A question
+  // leaves that to its answer, so that all that failed before it is told once.
+  Lock begin_append(bool raises = true);
   void end_append(Lock lock, int ops);
   void undo_append();
-  void settle(Lock& lock);
-  void wait_for_room();
+  void settle(Lock& lock, bool raises);
+  void wait_for_room(bool raises);
   bool is_open() const;
   bool is_full() const;
   void update_slow();
@@ -282,6 +286,7 @@ class Connection {
   std::string
       block_;  // the open OPS block; its first 16 bytes are the header's
   uint64_t newest_ = 0;
+  std::string later_;  // records that go before the next append's
   size_t before_ = 0;  // size of `block_` and `newest_` before this append
   uint64_t newest_before_ = 0;
   std::deque<Block> queue_;
@@ -316,6 +321,7 @@ class Connection {
   std::unordered_map<uint64_t, WaiterPtr> waiters_;
   int waiting_ = 0;
   uint64_t correlation_ = 0;
+  Clock::time_point asked_;                 // when the last question was queued
   std::unique_ptr<RemoteFailure> pending_;  // nobody has seen it yet
   uint64_t raised_serial_ = 0;
   uint64_t heard_ = 0;     // bytes

@@ -3,6 +3,7 @@
 #include "MycelyaDecode.h"
 
 #include <ATen/core/jit_type.h>
+#include <ATen/ops/aminmax.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
@@ -113,16 +114,38 @@ bool is_written(const c10::OperatorHandle& op, const c10::Argument& argument) {
          name.find("no_training") == name.npos;
 }
 
+// Backwards of pooling write where their indices say, and look at none of them.
+size_t find_trusted_indices(const c10::OperatorHandle& op) {
+  auto name = short_name(op);
+  if (name.find("max_pool") == name.npos ||
+      name.find("_backward") == name.npos) {
+    return 0;
+  }
+  return static_cast<size_t>(
+      op.schema().argumentIndexWithName("indices").value_or(0));
+}
+
+// The second argument of these operators is what was pooled.
+void check_indices(const c10::OperatorHandle& op, const c10::IValue& indices,
+                   const c10::IValue& pooled) {
+  const auto& where = indices.toTensor();
+  auto sizes = pooled.toTensor().sizes();
+  if (where.numel() == 0 || where.scalar_type() != at::kLong) return;
+  size_t pooled_dims = short_name(op).find("3d") != std::string::npos ? 3 : 2;
+  int64_t plane = 1;
+  for (auto size :
+       sizes.slice(sizes.size() - std::min(sizes.size(), pooled_dims))) {
+    plane *= size;
+  }
+  auto [least, most] = at::aminmax(where);
+  TORCH_CHECK_INDEX(least.item<int64_t>() >= 0 && most.item<int64_t>() < plane,
+                    "indices from ", least.item<int64_t>(), " to ",
+                    most.item<int64_t>(), " in a plane of ", plane);
+}
+
 bool covers_storage(const at::Tensor& tensor, const View& view) {
   return view.offset == 0 && tensor.nbytes() == view.nbytes &&
          tensor.is_non_overlapping_and_dense();
-}
-
-bool is_plain_dtype(int64_t number) {
-  return number >= 0 &&
-         number < static_cast<int64_t>(at::ScalarType::NumOptions) &&
-         static_cast<at::ScalarType>(number) != at::ScalarType::Undefined &&
-         !c10::isQIntType(static_cast<at::ScalarType>(number));
 }
 
 }  // namespace
@@ -219,7 +242,7 @@ class Decoder {
     if (tag != 'I') refuse(tag);
     auto number = in_.get<int64_t>();
     bool fine =
-        kind == TypeKind::ScalarTypeType ? is_plain_dtype(number)
+        kind == TypeKind::ScalarTypeType ? is_known_dtype_number(number)
         : kind == TypeKind::LayoutType
             ? number == static_cast<int64_t>(c10::Layout::Strided)
             : number >= 0 &&
@@ -259,7 +282,7 @@ class Decoder {
   at::Tensor scalar_tensor() {
     auto number = in_.get<int8_t>();
     auto wrapped = in_.get<uint8_t>();
-    MYCELYA_PROTOCOL(is_plain_dtype(number) && wrapped <= 1,
+    MYCELYA_PROTOCOL(is_known_dtype_number(number) && wrapped <= 1,
                      "a bad scalar tensor");
     View view;
     view.dtype = static_cast<at::ScalarType>(number);
@@ -376,6 +399,7 @@ Prepared::Prepared(Reader& in, const Target& target) : op_(find_operator(in)) {
                    schema.arguments().size(), " arguments, not ", arguments);
   Decoder(in.str32(), *this, target).arguments();
   kernel_ = own_kernel(op_->operator_name(), target.device.type());
+  if (target.device.is_cpu()) trusted_indices_ = find_trusted_indices(*op_);
 }
 
 void Prepared::fill(c10::ArrayRef<const c10::Storage*> storages,
@@ -410,6 +434,9 @@ void Prepared::fill(c10::ArrayRef<const c10::Storage*> storages,
 }
 
 void Prepared::run(Stack& stack) {
+  if (C10_UNLIKELY(trusted_indices_ != 0)) {
+    check_indices(*op_, values_[trusted_indices_], values_[1]);
+  }
   stack.assign(values_.begin(), values_.end());
   if (kernel_ != nullptr) {
     kernel_->callBoxed(*op_, c10::DispatchKeySet(), &stack);

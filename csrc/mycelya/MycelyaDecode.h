@@ -95,6 +95,8 @@ class Prepared {
   std::vector<Slot> slots_;
   size_t dyn_bytes_ = 0;
   bool mutates_ = false;
+  // Which argument holds indices that torch uses unchecked; 0: none.
+  size_t trusted_indices_ = 0;
 };
 
 }  // namespace mycelya::worker

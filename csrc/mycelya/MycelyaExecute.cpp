@@ -355,6 +355,7 @@ c10::Storage Session::place(const Known& known, const Tensors& results,
     const auto& promise = known.results[i];
     if (!promise.fresh || promise.view.storage != number) continue;
     expect_shape(results[i], promise.view);
+    check_inside(results[i]);
     on(storage, promise.view).copy_(results[i]);
     ++relayouts_;
   }
@@ -410,7 +411,8 @@ void Session::count(Stored& stored) {
 // about to be overwritten. Memory that could not be had before, and still
 // can't, is one failure: throws the earlier one, a Poison.
 void Session::revive(Stored& stored, uint64_t nbytes) {
-  if (stored.storage.nbytes() >= nbytes) return;
+  bool shared = stored.storage.is_alias_of(target_.nothing);
+  if (stored.storage.nbytes() >= nbytes && !shared) return;
   try {
     stored.storage = allocate(nbytes);
   } catch (const std::exception&) {
@@ -425,6 +427,17 @@ void Session::revive(Stored& stored, uint64_t nbytes) {
 
 at::Tensor Session::on(const c10::Storage& storage, const View& view) const {
   return make_tensor(storage, target_.keys, view);
+}
+
+void check_inside(const at::Tensor& result) {
+  if (result.numel() == 0 || result._is_zerotensor()) return;
+  auto needed = at::detail::computeStorageNbytes(
+      result.sizes(), result.strides(), result.itemsize(),
+      static_cast<size_t>(result.storage_offset()));
+  TORCH_CHECK(
+      result.storage_offset() >= 0 && needed <= result.storage().nbytes(),
+      "a result of ", needed, " bytes in a storage of ",
+      result.storage().nbytes());
 }
 
 at::Tensor bytes_of(const c10::Storage& storage, c10::DispatchKeySet keys,

@@ -31,6 +31,19 @@ int index_or_current(c10::DeviceIndex index) {
 }
 
 // ---- generators ----
+// Callers of a generator hold its mutex, torch's own with the GIL. Whoever
+// waits for the machine lets others have the GIL, and they may want the mutex.
+class Unlocked {
+ public:
+  explicit Unlocked(std::mutex& mutex) : mutex_(mutex) { mutex_.unlock(); }
+  ~Unlocked() { mutex_.lock(); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  std::mutex& mutex_;
+};
+
 class RemoteGenerator final : public c10::GeneratorImpl {
  public:
   RemoteGenerator(int machine, uint64_t number)
@@ -41,19 +54,15 @@ class RemoteGenerator final : public c10::GeneratorImpl {
 
   ~RemoteGenerator() override {
     if (number_ == 0) return;
-    auto& machine = Connection::at(machine_);
-    if (machine.state() != Connection::State::kRunning) return;
-    try {
-      send_state("");
-    } catch (const std::exception&) {
-      // A machine that ends at this moment forgets its generators anyway.
-      return;
-    }
+    std::string record;
+    put_state(record, "");
+    Connection::at(machine_).append_later(record);
   }
 
   void set_current_seed(uint64_t seed) override {
     seed_ = seed;
     if (!is_open()) return;
+    Unlocked unlocked(mutex_);
     Connection::at(machine_).append([&](std::string& out, uint64_t&) {
       put(out, Rec::kSeed);
       put_var(out, number_);
@@ -84,8 +93,7 @@ class RemoteGenerator final : public c10::GeneratorImpl {
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
     std::string body;
     put<uint64_t>(body, number_);
-    auto state = Connection::at(machine_).ask(Question::kGetState, body,
-                                              "generator state");
+    auto state = ask_state(body);
     auto tensor = at::empty({static_cast<int64_t>(state.size())},
                             at::TensorOptions().dtype(at::kByte));
     if (!state.empty()) {
@@ -102,13 +110,21 @@ class RemoteGenerator final : public c10::GeneratorImpl {
            state == Connection::State::kRunning ||
            state == Connection::State::kResuming;
   }
+  void put_state(std::string& out, const std::string& state) const {
+    put(out, Rec::kGenState);
+    put_var(out, number_);
+    put<uint32_t>(out, static_cast<uint32_t>(state.size()));
+    out += state;
+  }
   void send_state(const std::string& state) {
-    Connection::at(machine_).append([&](std::string& out, uint64_t&) {
-      put(out, Rec::kGenState);
-      put_var(out, number_);
-      put<uint32_t>(out, static_cast<uint32_t>(state.size()));
-      out += state;
-    });
+    Unlocked unlocked(mutex_);
+    Connection::at(machine_).append(
+        [&](std::string& out, uint64_t&) { put_state(out, state); });
+  }
+  std::string ask_state(const std::string& body) const {
+    Unlocked unlocked(const_cast<RemoteGenerator*>(this)->mutex_);
+    return Connection::at(machine_).ask(Question::kGetState, body,
+                                        "generator state");
   }
   RemoteGenerator* clone_impl() const override {
     auto copy = new_generator(machine_);

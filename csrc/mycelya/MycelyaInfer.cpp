@@ -170,6 +170,23 @@ class NoTorchFunction {
   at::impl::TorchFunctionDisabledState former_;
 };
 
+// Calls a metadata function; where it complains of two devices, the one that it
+// knows as meta has the name that the user knows.
+template <class Function>
+void call_meta(Function&& function) {
+  try {
+    function();
+  } catch (const c10::Error& error) {
+    std::string text = error.what_without_backtrace();
+    if (text.find("found at least two devices") == text.npos) throw;
+    for (size_t at = 0; (at = text.find("meta", at)) != text.npos;) {
+      text.replace(at, 4, "mycelya");
+      at += 7;
+    }
+    TORCH_CHECK(false, text);
+  }
+}
+
 // Runs the metadata function; false if there is none.
 bool run_meta(OpTraits& traits, torch::jit::Stack& stack) {
   at::AutoDispatchBelowADInplaceOrView below;
@@ -182,13 +199,15 @@ bool run_meta(OpTraits& traits, torch::jit::Stack& stack) {
     }
   }
   if (traits.direct != nullptr) {
-    traits.direct->callBoxed(
-        traits.op, c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
+    call_meta([&] {
+      traits.direct->callBoxed(
+          traits.op, c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
+    });
     return true;
   }
   NoTorchFunction guard;
   try {
-    traits.op.callBoxed(&stack);
+    call_meta([&] { traits.op.callBoxed(&stack); });
     return true;
   } catch (const c10::NotImplementedError&) {
     traits.probe.store(true);

@@ -7,6 +7,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 
 #ifdef __APPLE__
@@ -17,6 +18,9 @@
 
 namespace mycelya::worker {
 namespace {
+
+// Beyond the limit, for what a full worker needs to answer and to free.
+constexpr uint64_t kReserve = uint64_t{1} << 20;
 
 std::atomic<uint64_t> g_used{0}, g_limit{UINT64_MAX};
 
@@ -33,8 +37,10 @@ class LimitedAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t count) override {
     auto used = g_used.load(), limit = g_limit.load();
-    TORCH_CHECK_WITH(OutOfMemoryError, count <= limit && used <= limit - count,
-                     "out of memory: ", count, " bytes more than the ", used,
+    bool fits = count <= limit && used <= limit - count;
+    bool small = count <= kReserve && used - std::min(used, limit) < kReserve;
+    TORCH_CHECK_WITH(OutOfMemoryError, fits || small, "out of memory: ", count,
+                     " bytes more than the ", used,
                      " in use are over this worker's limit of ", limit);
     void* memory = c10::alloc_cpu(count);
     if (memory != nullptr) g_used.fetch_add(size_of(memory));

@@ -18,11 +18,25 @@ uint64_t id_of(const at::Tensor& tensor) {
   return record_of(*tensor.storage().unsafeGetStorageImpl()).id;
 }
 
-// The elements in their own order: a dense tensor of any stride order is moved
-// as it lies, which spares a copy on both sides.
+// The elements come in the order of their indices.
 at::Tensor empty_like_on_cpu(const at::Tensor& tensor) {
   auto options = tensor.options().device(at::kCPU).pinned_memory(false);
   return at::empty(tensor.sizes(), options);
+}
+
+void read_into(const at::Tensor& from, const at::Tensor& local,
+               const std::string& reason) {
+  if (local.numel() == 0) return;
+  Connection::at(machine_of(from))
+      .read(id_of(from), view_of(from), local.mutable_data_ptr(),
+            local.nbytes(), reason);
+}
+
+// Whether what is read may go to `to` itself.
+bool takes_as_read(const at::Tensor& to, const at::Tensor& from) {
+  return to.is_cpu() && to.layout() == at::kStrided && to.is_contiguous() &&
+         to.scalar_type() == from.scalar_type() && to.sizes() == from.sizes() &&
+         !to.is_conj() && !to.is_neg() && !to._is_zerotensor();
 }
 
 at::Tensor copy_between(const at::Tensor& from, const at::Tensor& to) {
@@ -38,8 +52,12 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to,
     return to;
   }
   if (to.device().type() != kDeviceType) {
-    auto local = download(from, "copy to " + to.device().str());
-    const_cast<at::Tensor&>(to).copy_(local);
+    auto reason = "copy to " + to.device().str();
+    if (takes_as_read(to, from)) {
+      read_into(from, to, reason);
+    } else {
+      const_cast<at::Tensor&>(to).copy_(download(from, reason));
+    }
     return to;
   }
   if (machine_of(from) != machine_of(to)) return copy_between(from, to);
@@ -90,10 +108,7 @@ void resize_storage(const c10::Storage& storage, size_t nbytes) {
 
 at::Tensor download(const at::Tensor& tensor, const std::string& reason) {
   auto local = empty_like_on_cpu(tensor);
-  if (local.numel() == 0) return local;
-  Connection::at(machine_of(tensor))
-      .read(id_of(tensor), view_of(tensor), local.mutable_data_ptr(),
-            local.nbytes(), reason);
+  read_into(tensor, local, reason);
   return local;
 }
 

@@ -20,7 +20,11 @@ constexpr size_t kBlockBytes = size_t{68} << 10;   // 64 KiB and one record
 constexpr size_t kSpareBytes = size_t{160} << 10;  // larger ones are not kept
 constexpr size_t kSpares = 8;
 constexpr size_t kWakeBytes = size_t{16} << 10;
+// How long records wait for more of them: while questions come, the worker
+// should begin early; without questions, fewer frames cost less.
 constexpr auto kLinger = std::chrono::microseconds(200);
+constexpr auto kLongLinger = std::chrono::milliseconds(2);
+constexpr auto kConversation = std::chrono::milliseconds(10);
 constexpr size_t kNever = std::numeric_limits<size_t>::max();
 constexpr size_t kCopyBytes = size_t{256} << 10;  // uploads that are copied
 constexpr size_t kChunkBytes = size_t{1} << 20;   // of larger ones
@@ -276,7 +280,10 @@ void Connection::write_loop() {
       work_.wait(lock);
     } else if (!is_due()) {
       wake_at_ = settings_.batching ? kWakeBytes - 1 : 0;
-      auto why = work_.wait_until(lock, Clock::now() + kLinger);
+      auto now = Clock::now();
+      bool talks = now - asked_ < kConversation;
+      auto due = talks ? now + kLinger : now + kLongLinger;
+      auto why = work_.wait_until(lock, due);
       if (why == std::cv_status::timeout) urgent_ = true;
     } else {
       Sending role(*this, lock);

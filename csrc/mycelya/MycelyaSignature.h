@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: AGPL-3.0-or-later
 //
 // A call's arguments as canonical bytes, and the cache from those bytes to what
-// the call returns. A known call costs one hash lookup and a record of 10 to 60
-// bytes.
+// the call returns. A known call costs one hash lookup and a record of a few
+// dozen bytes.
 #pragma once
 
 #include <ATen/core/boxing/KernelFunction.h>

@@ -39,8 +39,6 @@ c10::Storage wrap(c10::DataPtr pointer, size_t nbytes) {
 
 }  // namespace
 
-uint64_t next_storage_id() { return g_next_id.load(); }
-
 uint64_t reserve_ids(uint64_t count) { return g_next_id.fetch_add(count); }
 
 c10::DataPtr data_ptr_with_id(int machine, uint64_t id, size_t nbytes) {

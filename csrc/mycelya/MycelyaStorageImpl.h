@@ -35,9 +35,6 @@ void recycle(StorageRecord* list);
 // (at::from_blob). RuntimeError for any other storage.
 StorageRecord& record_of(const c10::StorageImpl& storage);
 
-// The largest id given out so far is one less.
-uint64_t next_storage_id();
-
 // Takes `count` ids in a row, for results that the worker counts; the first of
 // them.
 uint64_t reserve_ids(uint64_t count);

@@ -9,6 +9,8 @@
 #include <ATen/native/Resize.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "MycelyaAllocator.h"
 #include "MycelyaConnection.h"
 #include "MycelyaDispatch.h"
@@ -147,6 +149,14 @@ Tensor& set_storage(Tensor& self, at::Storage source, int64_t offset,
               "Attempted to set the storage of a tensor on device \"",
               self.device(), "\" to a storage on different device \"",
               source.device(), "\".");
+  at::detail::check_size_nonnegative(sizes);
+  TORCH_CHECK(offset >= 0, "Storage offset must be non-negative, got ", offset);
+  TORCH_CHECK(std::all_of(strides.begin(), strides.end(),
+                          [](int64_t stride) { return stride >= 0; }),
+              "set_: negative strides are not supported, got ", strides);
+  TORCH_CHECK(strides.empty() || strides.size() == sizes.size(),
+              "set_: ", sizes.size(), " sizes with ", strides.size(),
+              " strides");
   auto* impl = self.unsafeGetTensorImpl();
   IntArrayRef filled = strides;
   c10::DimVector contiguous;

@@ -3,14 +3,11 @@
 #include "MycelyaWire.h"
 
 namespace mycelya {
-namespace {
 
-bool is_known_dtype_number(int8_t number) {
+bool is_known_dtype_number(int64_t number) {
   return number >= 0 && number < static_cast<int>(at::ScalarType::NumOptions) &&
          is_known_dtype(static_cast<at::ScalarType>(number));
 }
-
-}  // namespace
 
 bool is_known_dtype(at::ScalarType dtype) {
   return dtype != at::ScalarType::Undefined && !c10::isQIntType(dtype);

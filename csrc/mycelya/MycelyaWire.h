@@ -242,6 +242,7 @@ class Reader {
 
 // Quantized dtypes carry a scale that a view does not.
 bool is_known_dtype(at::ScalarType dtype);
+bool is_known_dtype_number(int64_t number);
 
 // Refuses unknown dtypes and bits, negative numbers, and whatever reaches
 // outside `nbytes`; computed in 128 bits.

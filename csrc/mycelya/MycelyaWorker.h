@@ -249,6 +249,10 @@ uint64_t bytes_in(const View& view);
 
 at::Generator new_generator(c10::Device device);
 
+// Throws unless a result lies within its storage, which what the client asks
+// for can make untrue.
+void check_inside(const at::Tensor& result);
+
 // A tensor of bytes on a storage's first `count` bytes after `offset`.
 at::Tensor bytes_of(const c10::Storage& storage, c10::DispatchKeySet keys,
                     uint64_t offset, uint64_t count);

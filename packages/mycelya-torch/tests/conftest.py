@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Machines: one for each module, and at most two workers at a time."""
 
+import datetime
+import ipaddress
 import json
 import os
 import secrets
@@ -9,6 +11,9 @@ import subprocess
 import sys
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from mycelya_torch import RemoteMachine
 
@@ -76,14 +81,32 @@ def serve(token):
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """Paths of a certificate for localhost and of its key."""
+    """Paths of a certificate for localhost, signed by itself, and of its key."""
     folder = tmp_path_factory.mktemp("tls")
-    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
-    command += ["-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("no openssl to make a certificate with")
-    return cert, key
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    secret = ec.generate_private_key(ec.SECP256R1())
+    public = secret.public_key()
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    # All that a strict verifier asks of a certificate that it trusts by itself.
+    extensions = [
+        (x509.SubjectAlternativeName([x509.DNSName("localhost"), loopback]), False),
+        (x509.BasicConstraints(ca=True, path_length=None), True),
+        (x509.SubjectKeyIdentifier.from_public_key(public), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_public_key(public), False),
+    ]
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    builder = x509.CertificateBuilder(name, name, public, x509.random_serial_number())
+    builder = builder.not_valid_before(now - day).not_valid_after(now + day)
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical)
+    signed = builder.sign(secret, hashes.SHA256())
+    cert.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key.write_bytes(
+        secret.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return str(cert), str(key)

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Mutated frames: a worker process that gets them, and a client process that does.
 
-``python fuzz.py worker FD`` serves one session after the other, as the worker does;
-``python fuzz.py client SEED FRAMES`` is a client whose worker's frames are mutated.
+``python fuzz.py worker FRAMES [SEED]`` sends so many mutated frames to a worker
+process, ``python fuzz.py client FRAMES [SEED]`` to a client process. Both print what
+they counted and what went wrong, and end with status 1 if anything did. The processes
+that get the frames are this file, too: ``serve FD`` and ``receive FRAMES SEED``.
 """
 
+import argparse
 import collections
 import contextlib
 import faulthandler
@@ -29,6 +32,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 PATIENCE = 15.0  # seconds after which something hangs
 MEMORY = 3 << 30  # so that no mutation takes all of it
+USAGE = "descriptors", "threads", "bytes"
+ROOM = 0, 1, 300 << 20  # by how much a worker's usage may grow
 
 
 # ---- programs whose frames are mutated ----
@@ -144,7 +149,7 @@ class FuzzedWorker:
         self._control.settimeout(PATIENCE)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         with theirs:
-            command = [sys.executable, __file__, "worker", str(theirs.fileno())]
+            command = [sys.executable, __file__, "serve", str(theirs.fileno())]
             self.process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -391,7 +396,7 @@ class FuzzedClients:
 def fuzz_client(amount, seed):
     """Run `FuzzedClients` in a process; return its exit status, counts, errors."""
     done = subprocess.run(
-        [sys.executable, __file__, "client", str(seed), str(amount)],
+        [sys.executable, __file__, "receive", str(amount), str(seed)],
         capture_output=True,
         text=True,
         timeout=amount / 20 + 120,
@@ -400,13 +405,64 @@ def fuzz_client(amount, seed):
     return done.returncode, counts, done.stderr[-4000:]
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "worker":
-        serve(int(sys.argv[2]))
-    else:
-        faulthandler.enable()
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        import mycelya_torch  # noqa: F401 - loads the library
+# ---- commands ----
+def worker_problems(amount, seed):
+    """Fuzz a worker; return what was counted and what went wrong."""
+    counts, before, after = fuzz_worker(amount, seed)
+    problems = [f"{counts[name]} x {name}" for name in counts if "Error" in name]
+    if counts["left"] >= amount / 1000:  # computations that took too long
+        problems.append(f"{counts['left']} sessions took over {PATIENCE:.0f} s")
+    for name, less, more, room in zip(USAGE, before, after, ROOM, strict=True):
+        if more > less + room:
+            problems.append(f"{name}: {less} before, {more} after")
+    return dict(counts), problems
 
-        clients = FuzzedClients(int(sys.argv[3]), sys.argv[2])
-        print(json.dumps(clients.run()))
+
+def client_problems(amount, seed):
+    """Fuzz a client; return what was counted and what went wrong."""
+    status, counts, errors = fuzz_client(amount, seed)
+    if status != 0:
+        return counts, [f"exit status {status}: {errors}"]
+    problems = [f"{counts[n]} x {n}" for n in counts if n.startswith("unclean")]
+    if counts["frames"] < amount:
+        problems.append(f"{counts['frames']} frames instead of {amount}")
+    for name in ("ProtocolError", "fine"):
+        if counts.get(name, 0) <= amount / 10:
+            problems.append(f"{counts.get(name, 0)} x {name}: few for {amount} frames")
+    if counts["threads left"] > 1:
+        problems.append(f"{counts['threads left']} threads left")
+    return counts, problems
+
+
+def receive(amount, seed):
+    """Be the client process."""
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    import mycelya_torch  # noqa: F401 - loads the library
+
+    training(torch.device("cpu"))  # what torch imports late is no hang
+    print(json.dumps(FuzzedClients(amount, seed).run()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("side", choices=["worker", "client", "serve", "receive"])
+    parser.add_argument("number", type=int, help="frames; for serve, a descriptor")
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    given = parser.parse_args()
+    if given.side == "serve":
+        return serve(given.number)
+    if given.side == "receive":
+        return receive(given.number, given.seed)
+    import mycelya_torch  # noqa: F401 - loads the library
+
+    fuzzed = worker_problems if given.side == "worker" else client_problems
+    begin = time.monotonic()
+    counts, problems = fuzzed(given.number, given.seed)
+    print(json.dumps(counts), f"{time.monotonic() - begin:.0f} s in all", sep="\n")
+    print("\n".join(problems) or "nothing went wrong")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -131,8 +131,10 @@ def test_another_protocol_gets_no_answer():
         struct.pack("<I", 3) + b"\xc1\xc1\xc1",
         struct.pack("<I", 1) + b"\x01",
         struct.pack("<I", 5) + b"\xdf\xff\xff\xff\xff",
+        struct.pack("<I", 7) + b"\x81\xa1a\xa3\xed\xa0\x80",
+        struct.pack("<I", 2000) + b"\x91" * 2000,
     ],
-    ids=["too long", "no msgpack", "no map", "a map of 2^32 entries"],
+    ids=["long", "no msgpack", "no map", "2^32 entries", "a surrogate", "deep"],
 )
 def test_bad_hello_is_refused(data):
     def sender(sock):
@@ -159,11 +161,19 @@ GOOD_HELLO = {
         {"torch": 2},
         {"device": 7},
         {"threads": -1},
+        {"torch": "2" * 300},
         {"timeout": "long"},
+        {"timeout": 0},
+        {"timeout": 601},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},
+        {"timeout": True},
+        {"received": 2**63},
+        {"session": b"x" * 17},
         {"session": "text"},
         {"received": True},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_each_field_of_a_hello_is_checked(change):
     _handshake.check_client(GOOD_HELLO)
@@ -171,11 +181,23 @@ def test_each_field_of_a_hello_is_checked(change):
         _handshake.check_client({**GOOD_HELLO, **change})
 
 
-@pytest.mark.parametrize("token", ["", "short", " " * 40])
+def test_only_the_known_fields_of_a_hello_are_handed_on():
+    given = {**GOOD_HELLO, "more": "x" * 60_000}
+    assert _handshake.check_client(given) == GOOD_HELLO
+
+
+def test_a_worker_s_error_has_to_be_text():
+    for error in (["x"] * 9, {"a": 1}, None, 3):
+        with pytest.raises(ProtocolError, match="error"):
+            _handshake.check_worker({"error": error})
+
+
+@pytest.mark.parametrize("token", ["", "short", " " * 40, "t" * 40 + "\udcff"])
 def test_short_tokens_are_refused_and_never_shown(token):
-    with pytest.raises(ValueError, match="32 bytes") as caught:
+    with pytest.raises(ValueError, match=r"32 bytes|UTF-8") as caught:
         _handshake.check_token(token)
     assert "short" not in str(caught.value)
+    assert "ttt" not in repr(caught.value)
 
 
 def test_relay_carries_everything_both_ways(certificate):

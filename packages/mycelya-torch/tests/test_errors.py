@@ -107,27 +107,51 @@ def test_the_look_alike_is_still_recognised_in_operators():
             torch.ops.mycelya.synchronize(machine.device().index, "synchronize")
 
 
+def bad_gather(device):
+    return torch.zeros(64, 5, device=device).gather(
+        1, torch.full((6, 3), 99, device=device)
+    )
+
+
+def bad_index(device):
+    return torch.zeros(4, device=device)[torch.tensor([7, 1], device=device)]
+
+
+def no_kernel(device):
+    return torch.zeros(2, 3, dtype=torch.int64, device=device).histc(bins=4)
+
+
+FAILING = [
+    (bad_gather, RuntimeError, "aten::gather", ((64, 5), (6, 3))),
+    (bad_index, IndexError, "aten::index", ((4,), (2,))),
+    (no_kernel, NotImplementedError, "aten::histc", ((2, 3),)),
+]
+
+
 @pytest.mark.critical
-def test_failure_comes_at_the_next_read_with_its_kind(both):
-    x = torch.zeros(64, 64, device=both.device())
-    bad = torch.full((64, 64), 99, device=both.device())
-    torch.gather(x, 1, bad)
+@pytest.mark.parametrize(("fail", "kind", "op", "shapes"), FAILING)
+def test_failure_comes_at_the_next_read_with_its_kind(both, fail, kind, op, shapes):
+    with pytest.raises(kind) as local:
+        fail("cpu")
+    x = torch.zeros(3, device=both.device())
+    fail(both.device())
     with pytest.raises(RemoteExecutionError) as caught:
         x.sum().item()
     error = caught.value
-    assert error.op == "aten::gather"
+    assert type(error) is _errors.BY_KIND[_errors.kind_of(local.value)]
+    assert isinstance(error, kind)
+    assert (error.remote_type, error.op) == (kind.__name__, op)
     assert error.machine_id == both.machine_id
-    assert (64, 64) in error.shapes
-    assert isinstance(error, _errors.BY_KIND[0])
+    assert error.shapes == shapes
+    assert str(local.value) in str(error)
     assert x.sum().item() == 0  # the machine goes on
 
 
 def test_failure_comes_at_a_synchronize(both):
-    x = torch.zeros(4, device=both.device())
-    x[torch.tensor([7], device=both.device())]
-    with pytest.raises(RemoteExecutionError):
+    bad_index(both.device())
+    with pytest.raises(IndexError, match="aten::index failed"):
         both.synchronize()
-    both.synchronize()
+    both.synchronize()  # it is told once
 
 
 def test_linear_algebra_error(both):
@@ -180,5 +204,17 @@ def test_failure_in_backward(both):
         Bad.apply(x).sum().backward()
         return x.grad.tolist()
 
-    with pytest.raises(RemoteExecutionError):
+    with pytest.raises(IndexError) as caught:
         train()
+    assert caught.value.op == "aten::index_select"
+    assert (x.detach() + 1).tolist() == [2, 2, 2, 2]
+
+
+def test_pooling_backward_looks_at_its_indices(device):
+    grad, pooled = torch.ones(1, 1, 4, 4, device=device), torch.ones(1, 1, 8, 8)
+    indices = torch.full((1, 1, 4, 4), 64, device=device)
+    layout = [2, 2], [2, 2], [0, 0], [1, 1], False
+    backward = torch.ops.aten.max_pool2d_with_indices_backward
+    with pytest.raises(IndexError, match="in a plane of 64"):
+        backward(grad, pooled.to(device), *layout, indices).cpu()
+    assert backward(grad, pooled.to(device), *layout, indices - 1).sum().item() == 16

@@ -22,27 +22,17 @@ AMOUNTS = [
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_worker_survives_mutated_frames(amount):
-    counts, before, after = fuzz.fuzz_worker(amount, seed=amount + 1)
-    print(dict(counts), before, after)
-    bad = [name for name in counts if "Error" in name]
-    assert not bad, counts
-    assert counts["left"] < amount / 1000  # computations that took too long
-    assert after[0] <= before[0]  # descriptors
-    assert after[1] <= before[1] + 1  # threads
-    assert after[2] < before[2] + (300 << 20)  # bytes
+    counts, problems = fuzz.worker_problems(amount, seed=amount + 1)
+    print(counts)
+    assert problems == []
+    assert counts["frames"] >= amount
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_client_survives_mutated_frames(amount):
-    status, counts, errors = fuzz.fuzz_client(amount, seed=amount + 2)
+    counts, problems = fuzz.client_problems(amount, seed=amount + 2)
     print(counts)
-    assert status == 0, errors
-    assert counts["frames"] >= amount
-    assert counts["ProtocolError"] > amount / 10
-    assert counts["fine"] > amount / 10
-    unclean = [name for name in counts if name.startswith("unclean")]
-    assert not unclean, unclean
-    assert counts["threads left"] <= 1
+    assert problems == []
 
 
 @pytest.mark.fast
@@ -95,7 +85,9 @@ def test_worker_ends_when_its_client_leaves_a_long_computation(worker):
 @pytest.mark.fast
 def test_full_worker_answers_requests(worker):
     request = wire.frame(wire.CONTROL, msgpack.packb({"do": "memory"}), 7)
-    frames = [ops(("alloc", 1, 256 << 20)), request, ops(("free", [1])), request]
+    records = wire.Records()  # one, as ids are told by their distances
+    full, empty = records.encode(("alloc", 1, 256 << 20)), records.encode(("free", [1]))
+    frames = [wire.frame(wire.OPS, full), request, wire.frame(wire.OPS, empty), request]
     data = worker.session(frames)
     get = wire.Get(data)
     get.bytes(get.one("I"))

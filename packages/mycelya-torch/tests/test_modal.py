@@ -5,10 +5,14 @@
 Its sandbox is our own server with TLS on the loopback, which plays the tunnel.
 """
 
+import contextlib
 import inspect
+import os
+import signal
 import socket
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -46,8 +50,10 @@ class FakeModal(types.ModuleType):
     def __init__(self, start):
         super().__init__("modal")
         fake = self
-        self.refuse, self.tunnel_fails = None, None
+        self.refuse, self.tunnel_fails, self.terminate_fails = None, None, None
         self.created, self.terminated = [], 0
+        self.building, self.built = threading.Event(), threading.Event()
+        self.built.set()
         self.exception = types.SimpleNamespace(AuthError=AuthError)
         self.Image = types.SimpleNamespace(
             debian_slim=lambda **options: FakeImage((("debian_slim", options),))
@@ -62,6 +68,8 @@ class FakeModal(types.ModuleType):
             def create(*command, **options):
                 if fake.refuse is not None:
                     raise fake.refuse
+                fake.building.set()
+                fake.built.wait(30)
                 fake.created.append((command, options))
                 return Sandbox(options["secrets"][0]["MYCELYA_TOKEN"])
 
@@ -81,6 +89,8 @@ class FakeModal(types.ModuleType):
                 return self.status
 
             def terminate(self):
+                if fake.terminate_fails is not None:
+                    raise fake.terminate_fails
                 fake.terminated += 1
                 self.server.stop()
 
@@ -108,23 +118,27 @@ class Tunnel:
             except OSError:
                 sock.close()
                 continue
-            ends = (
-                _tls.relay(tls),
-                socket.create_connection(split(self._process.address)),
-            )
-            for one, other in (ends, ends[::-1]):
-                threading.Thread(
-                    target=self._pump, args=(one, other), daemon=True
-                ).start()
+            outside = _tls.relay(tls)
+            inside = socket.create_connection(split(self._process.address))
+            ends = (outside, inside)
+            threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, outside, inside):
+        with outside, inside:
+            ends = (inside, outside)
+            back = threading.Thread(target=self._pump, args=ends, daemon=True)
+            back.start()
+            self._pump(outside, inside)
+            back.join()
 
     @staticmethod
     def _pump(source, target):
-        try:
+        with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def stop(self):
         self._listener.close()
@@ -149,6 +163,23 @@ def modal(monkeypatch, certificate, serve):
         tunnel.stop()
 
 
+@pytest.fixture
+def empty(monkeypatch):
+    """A ``modal`` whose sandboxes have no server inside."""
+    fake = FakeModal(lambda token: types.SimpleNamespace(stop=lambda: None))
+    monkeypatch.setitem(sys.modules, "modal", fake)
+    monkeypatch.setattr(backend.metadata, "version", lambda name: "1.2.3")
+    fake.tunnel_fails = ConnectionError("no tunnel yet")
+    return fake
+
+
+def eventually(condition):
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
 @pytest.mark.critical
 def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "modal", None)
@@ -168,6 +199,9 @@ def test_machine_in_a_sandbox(modal):
     assert options["gpu"] == "A100"
     assert options["region"] == "eu"
     assert options["encrypted_ports"] == [backend.PORT]
+    assert options["timeout"] == 24 * 3600
+    idle = command[command.index("--exit-when-idle") + 1]
+    assert 30 <= float(idle) <= 300
     assert options["app"] == ("mycelya-torch", True)
     (secret,) = options["secrets"]
     assert set(secret) == {"MYCELYA_TOKEN"}
@@ -228,6 +262,93 @@ def test_sandbox_that_ended(modal):
         use()
     machine.stop()
     assert modal.terminated == 1
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 86401, 0.5, "60", True])
+def test_time_limit_is_checked_before_anything_starts(empty, seconds):
+    with pytest.raises(ValueError, match="sandbox_timeout"):
+        RemoteMachine("modal", "T4", options={"sandbox_timeout": seconds})
+    assert not empty.building.is_set()
+
+
+def test_time_limit_is_handed_on(empty):
+    options = {"sandbox_timeout": 77}
+    RemoteMachine("modal", "T4", options=options).stop()
+    ((_, given),) = empty.created
+    assert given["timeout"] == 77
+
+
+def test_interrupt_in_the_constructor_ends_the_sandbox(empty):
+    empty.built.clear()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        RemoteMachine("modal", "T4")
+    assert time.monotonic() - begin < 5
+    assert not empty.created  # Modal is still at work
+    empty.built.set()
+    eventually(lambda: empty.terminated == 1)
+    assert len(empty.created) == 1
+    assert mycelya_torch.get_all_machines() == []
+    eventually(lambda: not list(mycelya_torch._device.manager.starting()))
+
+
+def test_stop_during_the_start_ends_the_sandbox(empty):
+    empty.built.clear()
+    machine = RemoteMachine("modal", "T4", start=False)
+    failures = []
+
+    def start():
+        try:
+            machine.start()
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    assert empty.building.wait(10)
+    machine.stop()
+    thread.join(5)
+    assert "was stopped while it started" in failures[0]
+    assert not machine.is_running
+    empty.built.set()
+    eventually(lambda: empty.terminated == 1)
+
+
+def test_failed_termination_is_told_and_can_be_tried_again(empty):
+    machine = RemoteMachine("modal", "T4")
+    empty.terminate_fails = ConnectionError("no way to Modal")
+    with pytest.raises(RuntimeError, match=r"(?s)no way to Modal.*still be running"):
+        machine.stop()
+    assert not machine.is_running
+    assert empty.terminated == 0
+    empty.terminate_fails = None
+    machine.stop()
+    assert empty.terminated == 1
+
+
+def test_failed_termination_does_not_hide_the_first_error(empty, monkeypatch, capfd):
+    empty.terminate_fails = ConnectionError("no way to Modal")
+    seed = RuntimeError("the first error")
+    monkeypatch.setattr(
+        mycelya_torch._machine, "_seed", lambda index: (_ for _ in ()).throw(seed)
+    )
+    with pytest.raises(RuntimeError, match="the first error") as caught:
+        RemoteMachine("modal", "T4")
+    assert any("no way to Modal" in note for note in caught.value.__notes__)
+
+
+def test_failed_termination_of_a_dead_machine_is_told(empty):
+    empty.terminate_fails = ConnectionError("no way to Modal")
+    empty.tunnel_fails = ValueError("no tunnel at all")
+    machine = RemoteMachine("modal", "T4")
+    device = machine.device()
+    machine._life._thread.join(10)
+    with pytest.raises(MachineDiedError, match=r"(?s)no tunnel at all.*no way to"):
+        torch.ones(2, device=device).sum().item()
+    empty.terminate_fails = None
+    machine.stop()
+    assert empty.terminated == 1
 
 
 def test_only_ten_functions_know_modal():

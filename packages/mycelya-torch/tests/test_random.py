@@ -2,9 +2,14 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Random numbers: the CPU's after the same seed, from the worker's own stream."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 import torch
 from torch.nn import functional
+
+from mycelya_torch import RemoteExecutionError
 
 DRAWS = {
     "rand": lambda d: torch.rand(7, 3, device=d),
@@ -159,3 +164,27 @@ def test_checkpointing_restores_the_stream(device):
         assert torch.equal(x.grad.cpu(), y.detach().cpu())
         grads.append(x.grad.cpu())
     assert torch.equal(*grads)
+
+
+def test_a_generator_that_waits_blocks_no_other_thread(device):
+    generator = torch.Generator(device)
+
+    def use():
+        for seed in range(200):
+            generator.manual_seed(seed)
+            generator.get_state()
+
+    with ThreadPoolExecutor(4) as pool:
+        done, late = wait([pool.submit(use) for _ in range(4)], timeout=60)
+    assert not late
+    assert [one.exception() for one in done] == [None] * 4
+
+
+def test_a_freed_generator_loses_no_failure(machine, device):
+    generator = torch.Generator(device)
+    torch.zeros(4, device=device).index_select(0, torch.tensor([7], device=device))
+    time.sleep(0.3)  # the failure is here before the generator goes
+    del generator
+    with pytest.raises(RemoteExecutionError, match="index_select"):
+        machine.synchronize()
+    machine.synchronize()

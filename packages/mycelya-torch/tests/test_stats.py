@@ -3,7 +3,10 @@
 """Counts, and the exact line of each wait."""
 
 import concurrent.futures
+import dis
 import inspect
+import sys
+import threading
 
 import pytest
 import torch
@@ -191,6 +194,71 @@ def test_to_cpu_async_reports_failures(both):
         read()
     with pytest.raises(RuntimeError, match="cpu"):
         mycelya_torch.to_cpu_async(torch.ones(2))
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="something else traces")
+def test_interrupt_anywhere_leaves_no_read_into_freed_memory(both, monkeypatch):
+    """Each read that was begun is completed, whoever waits for it."""
+    completed = []
+    finish = torch.ops.mycelya.finish_read
+
+    def counted(index, ticket, reason):
+        completed.append(ticket)
+        finish(index, ticket, reason)
+
+    monkeypatch.setattr(torch.ops.mycelya, "finish_read", counted)
+    x = torch.arange(4.0, device=both.device())
+    mycelya_torch.to_cpu_async(x).result(30)
+    before = both.stats().round_trips - len(completed)
+    left = 0
+    former = {}
+
+    def trace(frame, event, argument):
+        nonlocal left
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            # Python looks for signals after calls, and where a function begins.
+            if name == "RESUME" or former.get(frame, "").startswith("CALL"):
+                left -= 1
+            former[frame] = name
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    def interrupted(after):
+        nonlocal left
+        left = after
+        former.clear()
+        sys.settrace(trace)
+        try:
+            mycelya_torch.to_cpu_async(x)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    after = 1
+    while interrupted(after):
+        after += 1
+    assert after > 20
+    assert mycelya_torch.to_cpu_async(x).result(30).tolist() == [0, 1, 2, 3]
+    assert both.stats().round_trips - before == len(completed)
+
+
+def test_to_cpu_async_without_a_thread_begins_nothing(both, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    x = torch.ones(3, device=both.device())
+    both.synchronize()
+    before = both.stats().round_trips
+    monkeypatch.setattr(mycelya_torch._stats, "_reads", {})
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        mycelya_torch.to_cpu_async(x)
+    assert both.stats().round_trips == before
 
 
 def test_to_cpu_async_of_a_dead_machine():

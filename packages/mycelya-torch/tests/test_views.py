@@ -160,3 +160,18 @@ def test_overlapping_writes_are_refused(pair, name):
     for x in pair:
         with pytest.raises(RuntimeError, match="single memory location"):
             WRITES[name](x).cpu()
+
+
+@pytest.mark.parametrize(
+    ("layout", "complaint"),
+    [
+        ((-1, (2,), (1,)), "offset"),
+        ((1, (2,), (-1,)), "negative strides"),
+        ((0, (-2,), (1,)), "negative dimension"),
+        ((0, (2, 2), (1,)), "2 sizes with 1 strides"),
+    ],
+)
+def test_set_refuses_what_no_storage_holds(device, layout, complaint):
+    x = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError, match=complaint):
+        torch.empty(0, device=device).set_(x.untyped_storage(), *layout)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mycelya_torch._device import SLOTS, index_of, manager
+from mycelya_torch._errors import field
 
 _U64 = 2**64
 Device = torch.device | str | int | None
@@ -49,10 +50,13 @@ def set_device(device: Device) -> None:
 
 
 class device:
-    """Context manager: ``device="mycelya"`` stands for another index inside."""
+    """Context manager: ``device="mycelya"`` stands for another index inside.
+
+    As elsewhere in PyTorch, -1 changes nothing.
+    """
 
     def __init__(self, device: Device) -> None:
-        self.idx = index_of(device)
+        self.idx = -1 if device == -1 else index_of(device)
         self.prev_idx = -1
 
     def __enter__(self) -> None:
@@ -115,8 +119,8 @@ class _Generator:
     def get_state(self) -> torch.Tensor:
         return torch.ops.mycelya.default_state(self._index)
 
-    def set_state(self, state: torch.Tensor) -> "_Generator":
-        torch.ops.mycelya.set_default_state(self._index, state)
+    def set_state(self, new_state: torch.Tensor) -> "_Generator":
+        torch.ops.mycelya.set_default_state(self._index, new_state)
         return self
 
 
@@ -188,9 +192,12 @@ def set_rng_state_all(new_states: Iterable[torch.Tensor]) -> None:
 
 # ---- memory: of the worker's device ----
 
+_MEMORY = ("allocated", "reserved", "max_allocated", "total", "free")
+
 
 def _memory(device: Device = None) -> dict[str, int]:
-    return manager.at(index_of(device)).request({"do": "memory"}, "synchronize")
+    known = manager.at(index_of(device)).request({"do": "memory"}, "synchronize")
+    return {name: field(known, name, int) for name in _MEMORY}
 
 
 def memory_allocated(device: Device = None) -> int:
@@ -241,7 +248,9 @@ def empty_cache() -> None:
 def get_device_properties(device: Device = None) -> SimpleNamespace:
     """Return the worker's device: ``name``, ``type``, ``total_memory`` and others."""
     life = manager.at(index_of(device))
-    return SimpleNamespace(**life.request({"do": "properties"}, "synchronize"))
+    known = life.request({"do": "properties"}, "synchronize")
+    field(known, "name", str)
+    return SimpleNamespace(**{str(name): value for name, value in known.items()})
 
 
 def get_device_name(device: Device = None) -> str:

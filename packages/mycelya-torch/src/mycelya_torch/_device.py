@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchworks_core.errors import NotReady
+from torchworks_core.errors import InvalidValue, NotReady
 
 if TYPE_CHECKING:
     from mycelya_torch._life import Life
@@ -43,10 +43,11 @@ class DeviceManager:
         do = "Stop machines that aren't needed, and drop their tensors"
         raise NotReady("no device index is left", why, do)
 
-    def release(self, index: int) -> None:
-        """Take back an index whose machine never opened."""
+    def release(self, index: int, life: "Life") -> None:
+        """Take back the index of a machine that never opened."""
         with self._lock:
-            self._slots[index] = None
+            if self._slots[index] is life:
+                self._slots[index] = None
 
     def at(self, index: int) -> "Life":
         """Return the machine at an index.
@@ -65,6 +66,10 @@ class DeviceManager:
         for index, life in enumerate(list(self._slots)):
             if life is not None and life.state in ALIVE:
                 yield index, life
+
+    def starting(self) -> list["Life"]:
+        """Return the machines that have not opened yet, and may never do."""
+        return [life for life in self._slots if life is not None and not life.is_begun]
 
     def forget(self) -> None:
         """Drop everything: after a fork the machines belong to the parent."""
@@ -88,16 +93,18 @@ def index_of(device: "torch.device | str | int | None") -> int:
 
     Raises:
         RuntimeError: it is a device of another kind.
+        ValueError: there is no such index.
     """
+    if device is not None and not isinstance(device, int):
+        device = torch.device(device)
+        if device.type != "mycelya":
+            raise RuntimeError(f"a mycelya device is needed, but this is {device}")
+        device = device.index
     if device is None:
         return torch.ops.mycelya.current_device()
-    if isinstance(device, int):
-        return device
-    device = torch.device(device)
-    if device.type != "mycelya":
-        raise RuntimeError(f"a mycelya device is needed, but this is {device}")
-    index = device.index
-    return torch.ops.mycelya.current_device() if index is None else index
+    if not 0 <= device < SLOTS:
+        raise InvalidValue(f"device index {device}", f"it is 0 to {SLOTS - 1}")
+    return device
 
 
 def require(tensor: torch.Tensor) -> None:

@@ -7,16 +7,13 @@ shapes and the machine in it.
 """
 
 import re
+from typing import Any
 
 import torch
 
-_FAILURE = re.compile(
-    r"(?P<op>a request|\S+) failed on (?P<machine>[^\s:]+): (?P<text>.*?)"
-    r"(?: \[arguments (?P<arguments>.*); op (?P<number>\d+); set MYCELYA_BLOCKING=1"
-    r"[^\]]*\])?",
-    re.DOTALL,
-)
-_SHAPE = re.compile(r"[a-z]\w*\[([\d, ]*)\]")
+# A worker chooses most of these texts: nothing here may take long over a long one.
+_HEAD = re.compile(r"(?P<op>a request|\S{1,256}) failed on (?P<machine>[^\s:]+): ")
+_SHAPE = re.compile(r"\b[a-z]\w{0,31}\[([\d,]{0,1400})\]")
 
 
 class RemoteError(RuntimeError):
@@ -46,14 +43,15 @@ class RemoteExecutionError(RemoteError):
 
     def __init__(self, text: str = "") -> None:
         super().__init__(text)
-        found = _FAILURE.fullmatch(text)
-        op = found["op"] if found else ""
+        head = _HEAD.match(text)
+        op = head["op"] if head else ""
         self.op: str = "" if op == "a request" else op
-        self.machine_id: str = found["machine"] if found else ""
-        listed = _SHAPE.findall((found and found["arguments"]) or "")
+        self.machine_id: str = head["machine"] if head else ""
+        _, mark, tail = text.rpartition(" [arguments ")
+        arguments = tail.rpartition("; op ")[0] if head and mark else ""
         self.shapes: tuple[tuple[int, ...], ...] = tuple(
-            tuple(int(size) for size in shape.split(",") if size.strip())
-            for shape in listed
+            tuple(int(size[:19]) for size in shape.split(",") if size)
+            for shape in _SHAPE.findall(arguments)
         )
 
 
@@ -134,3 +132,15 @@ def kind_of(error: BaseException) -> int:
         if isinstance(error, BY_KIND[kind].__bases__[1]):
             return kind
     return 0
+
+
+def field(message: Any, name: str, kind: type) -> Any:
+    """Return a field of a worker's answer.
+
+    Raises:
+        ProtocolError: the answer is no map, or the field is of another type.
+    """
+    value = message.get(name) if isinstance(message, dict) else None
+    if type(value) is not kind:
+        raise ProtocolError(f"the worker's answer has no usable {name!r}")
+    return value

@@ -56,7 +56,7 @@ def load() -> None:
 def _find() -> Path:
     if sys.platform == "win32":
         raise ImportError(
-            "mycelya_torch has no Windows build: use Linux or macOS, for example WSL"
+            "mycelya_torch has no Windows build: use Linux, for example WSL"
         )
     names = ("_C.so", "_C.dylib")
     for name in names:

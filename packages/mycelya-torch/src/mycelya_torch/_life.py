@@ -4,10 +4,12 @@
 
 The thread has the worker started (the kernel ends a worker with the thread that
 started it), exchanges the hello, hands the connection to the library, and then
-watches it: a cut connection of tcp or modal is dialled again.
+watches it: a cut connection of tcp or modal is dialled again. A start that nobody
+waits for any more is undone by the thread, too, however late it succeeds.
 """
 
 import random
+import sys
 import threading
 import time
 from typing import Any
@@ -15,14 +17,15 @@ from typing import Any
 import msgpack
 import torch
 
-from mycelya_torch import _handshake, _library, _logging, _stats, _worker
+from mycelya_torch import _handshake, _logging, _stats, _worker
 from mycelya_torch._device import ALIVE, manager
 from mycelya_torch._errors import AuthenticationError, ProtocolError
 from mycelya_torch.backends import Backend
+from torchworks_core.errors import NotReady
 
 CHOICE_SECONDS = 1.0  # for which a first `device("cpu")` is waited for
 GRACE_SECONDS = 5.0
-_LONGEST_WAIT = 20.0  # at a stop, for a worker that has not started yet
+LONGEST_WAIT = 20.0  # at a stop, for a worker that has not started yet
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 2.0
 
 
@@ -46,6 +49,7 @@ class Life:
         self._answered = threading.Event()
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
+        self._ended = False
         self._thread = threading.Thread(
             target=self._run, name=f"mycelya-{self.name}", daemon=True
         )
@@ -62,26 +66,46 @@ class Life:
     @property
     def is_over(self) -> bool:
         """Whether nothing of it is left but, perhaps, tensors."""
-        ended = self.is_begun and self.state in ("stopped", "dead")
+        ended = self._stopping.is_set()
+        if self.is_begun:
+            ended = self.state in ("stopped", "dead")
         return ended and not self._thread.is_alive()
 
-    def begin(self) -> None:
+    def begin(self, owner: object) -> None:
         """Start, and return as soon as the device can be used.
 
+        Whatever it raises, also what interrupts it: `give_up` has to follow.
+
         Raises:
-            RuntimeError: the worker can't be had; nothing is left running.
+            RuntimeError: the worker can't be had, or `cancel` was called.
         """
+        self.owner = owner
         self.index = manager.claim(self)
-        try:
-            self._thread.start()
-            self._started.wait()
-        except BaseException:
-            self._stopping.set()
-            self.backend.stop(0.0)
-            raise
+        self._thread.start()
+        self._started.wait()
         if self._failure is not None:
-            manager.release(self.index)
             raise self._failure
+        if not self.is_begun:
+            raise self._cancelled()
+
+    def cancel(self) -> None:
+        """Have a start that still goes on fail at once; else do nothing."""
+        with self._lock:
+            if not self.is_begun:
+                self._stopping.set()
+                self._started.set()
+
+    def give_up(self, error: BaseException) -> None:
+        """End a failed start; should that fail, too, ``error`` gets a note of it."""
+        try:
+            self.finish(0.0)
+        except Exception as second:
+            error.add_note(str(second))
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end of the thread."""
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(seconds)
 
     def choose(self, wanted: str | None) -> None:
         """Ask for the worker's device: "cpu", "cuda", "cuda:1", None for any.
@@ -107,49 +131,74 @@ class Life:
             )
 
     def request(self, request: dict[str, Any], reason: str) -> Any:
-        """Ask the worker's Python half, and wait for its answer."""
-        payload = torch.frombuffer(bytearray(msgpack.packb(request)), dtype=torch.uint8)
-        answer = torch.ops.mycelya.control(self.index, payload, reason)
-        data = _worker.to_bytes(answer)
-        try:
-            return msgpack.unpackb(data, raw=False, strict_map_key=True)
-        except ValueError as error:
-            raise ProtocolError(f"{self.name} sent no msgpack: {error}") from error
+        """Ask the worker's Python half, and wait for its answer.
 
-    def finish(self) -> str:
-        """Stop; return the text of a failure that nobody has seen, or ""."""
+        Raises:
+            ProtocolError: the answer is no msgpack.
+        """
+        payload = _worker.to_tensor(msgpack.packb(request))
+        answer = torch.ops.mycelya.control(self.index, payload, reason)
+        return _handshake.decode(_worker.to_bytes(answer))
+
+    def finish(self, grace: float = GRACE_SECONDS) -> None:
+        """Stop; print a failure that nobody has seen. May be called again.
+
+        Raises:
+            RuntimeError: the provider could not end the worker.
+        """
         self._chosen.set()
-        if self.state == "starting" and torch.ops.mycelya.stats(self.index)[0]:
+        state = self.state
+        if grace and state == "starting" and torch.ops.mycelya.stats(self.index)[0]:
             # What is queued may fail, and nobody would know.
-            self._answered.wait(min(self.settings.connect_timeout, _LONGEST_WAIT))
+            self._answered.wait(min(self.settings.connect_timeout, LONGEST_WAIT))
+        self.cancel()
         self._stopping.set()
         self.owner = None
         try:
-            if self.state in ALIVE and _logging.wire.isEnabledFor(10):
+            if state in ALIVE and _logging.wire.isEnabledFor(10):
                 _logging.wire.debug("%s\n%s", self.name, _stats.read(self.index))
-            return torch.ops.mycelya.stop(self.index, GRACE_SECONDS)
+            # Not the machine that has the index of a dead one by now.
+            if self.is_begun and manager.is_at(self.index, self):
+                self._tell(torch.ops.mycelya.stop(self.index, grace))
+        except BaseException as error:
+            self._free(0.0, error)
+            raise
+        self._free(grace)
+
+    def _free(self, grace: float, first: BaseException | None = None) -> None:
+        """Free the backend; should it fail, the ``first`` error gets a note of it."""
+        try:
+            self.backend.stop(grace)
+        except Exception as error:
+            if first is None:
+                raise
+            first.add_note(str(error))
         finally:
-            self.backend.stop(GRACE_SECONDS)
-            if self._thread is not threading.current_thread():
-                self._thread.join(GRACE_SECONDS)
+            self.join(grace)
             _logging.machine.info("%s: stopped", self.name)
 
+    def _tell(self, text: str) -> None:
+        if text:
+            line = f"mycelya_torch: {self.name} (mycelya:{self.index}): {text}"
+            print(line, file=sys.stderr, flush=True)
+
+    def _cancelled(self) -> NotReady:
+        return NotReady(f"machine {self.name} was stopped while it started")
+
     def _run(self) -> None:
-        settings, ops = self.settings, torch.ops.mycelya
-        deadline = time.monotonic() + settings.connect_timeout
         try:
-            self.backend.start(deadline)
-            args = (settings.timeout, settings.connect_timeout, self._max_inflight)
-            args = (*args, self._batching, self.backend.resumable)
-            ops.open(self.index, self.name, *args)
-            self.is_begun = True
-            _stats.reset(self.index)
+            self._open()
         except BaseException as error:
             self._failure = error
-            self.backend.stop(0.0)
+            self._free(0.0, error)
+            if self._stopping.is_set():  # nobody gets the error
+                self._tell("\n".join(getattr(error, "__notes__", ())))
+            manager.release(self.index, self)
             return
         finally:
             self._started.set()
+        # The time that the provider took to start it is its own.
+        deadline = time.monotonic() + self.settings.connect_timeout
         _logging.machine.info("%s: starting as mycelya:%d", self.name, self.index)
         try:
             self._chosen.wait(CHOICE_SECONDS)
@@ -159,16 +208,29 @@ class Life:
         self._answered.set()
         self._watch()
 
+    def _open(self) -> None:
+        """Have the worker started, and make the device usable."""
+        settings = self.settings
+        self.backend.start(time.monotonic() + settings.connect_timeout)
+        args = (settings.timeout, settings.connect_timeout, self._max_inflight)
+        args = (*args, self._batching, self.backend.resumable)
+        with self._lock:
+            if self._stopping.is_set():
+                raise self._cancelled()
+            torch.ops.mycelya.open(self.index, self.name, *args)
+            self.is_begun = True
+        _stats.reset(self.index)
+
     def _attach(self, deadline: float) -> None:
         """Get a connection, say hello, and hand it to the library."""
         sock = self.backend.connect(deadline)
         try:
             with self._lock:
                 self._sent = True
-            sock.settimeout(max(deadline - time.monotonic(), 0.01))
+            _handshake.limit(sock, deadline)
             sock.sendall(_handshake.pack(self._our_hello()))
-            hello = _handshake.check_worker(_handshake.receive_hello(sock))
-            _check_torch(hello["torch"])
+            hello = _handshake.check_worker(_handshake.receive_hello(sock, deadline))
+            _handshake.check_torch(hello["torch"], "worker")
             if self.hello and hello["session"] != self.hello["session"]:
                 raise ProtocolError("the server answered with another session")
             sock.settimeout(None)
@@ -196,18 +258,16 @@ class Life:
         }
 
     def _watch(self) -> None:
-        while True:
+        news = ""
+        while not self._ended and news not in ("dead", "stopped"):
             news = torch.ops.mycelya.wait_lost(self.index, 3600.0)
-            if news == "lost":
+            if news == "lost" and self._stopping.is_set():
+                time.sleep(_FIRST_DELAY)  # `finish` is about to stop it
+            elif news == "lost":
                 _logging.machine.warning("%s: the connection is lost", self.name)
                 self._redial()
-            elif news:
-                break
-        if news == "dead" and not self._stopping.is_set():
-            if why := self.backend.explain():
-                torch.ops.mycelya.fail(self.index, why)
-            _logging.machine.error("%s: dead. %s", self.name, why)
-            self.backend.stop(0.0)
+        if news == "dead" and not self._ended and not self._stopping.is_set():
+            self._end(self.backend.explain())
 
     def _redial(self) -> None:
         deadline = time.monotonic() + self.settings.timeout
@@ -231,14 +291,16 @@ class Life:
         why = str(error) or type(error).__name__
         if isinstance(error, TimeoutError):
             why = f"no answer within {self.settings.connect_timeout:g} s"
-        reason = ". ".join(filter(None, (f"{what}: {why}", self.backend.explain())))
-        torch.ops.mycelya.fail(self.index, reason)
-        self.backend.stop(0.0)
+        self._end(". ".join(filter(None, (f"{what}: {why}", self.backend.explain()))))
 
-
-def _check_torch(version: str) -> None:
-    if _library.minor(version) != _library.minor(torch.__version__):
-        raise ProtocolError(
-            f"the worker runs torch {version[:40]}, this process {torch.__version__}: "
-            "both need the same minor version"
-        )
+    def _end(self, reason: str) -> None:
+        """Have it dead for this reason, if one is known, and free its backend."""
+        self._ended = True
+        if reason:
+            torch.ops.mycelya.fail(self.index, reason)
+        _logging.machine.error("%s: dead. %s", self.name, reason)
+        try:
+            self.backend.stop(0.0)
+        except Exception as error:
+            text = ". ".join(filter(None, (reason, str(error))))
+            torch.ops.mycelya.fail(self.index, text)

@@ -3,8 +3,8 @@
 """`RemoteMachine`: a worker somewhere, seen as a PyTorch device."""
 
 import atexit
+import contextlib
 import enum
-import math
 import os
 import secrets
 import sys
@@ -19,13 +19,13 @@ import torch
 
 from mycelya_torch import _stats
 from mycelya_torch._device import ALIVE, manager
-from mycelya_torch._errors import RemoteError
 from torchworks_core.errors import InvalidValue, MissingFile, NotReady, nearest
 
 if TYPE_CHECKING:
     from mycelya_torch._life import Life
 
 TOKEN_VARIABLE = "MYCELYA_TOKEN"
+_LAST_SECONDS = 20.0
 
 
 class CloudProvider(enum.StrEnum):
@@ -76,7 +76,7 @@ class RemoteMachine:
         insecure: Allow an address elsewhere without TLS.
         connect_timeout: Seconds that the worker may take until it answers.
         timeout: Seconds of silence after which a worker is dead, and within which
-            a cut connection is restored (tcp, modal).
+            a cut connection is restored (tcp, modal); at most 600.
         max_inflight_bytes: Limit of what waits to be sent.
         options: What only one provider knows. local: ``python``, ``threads``;
             modal: ``image``, ``package``, ``region``, ``cpu``, ``memory``,
@@ -124,6 +124,8 @@ class RemoteMachine:
             address = _address(address)
             token = _token(token, token_file)
             _check_tls(tls, insecure)
+        from mycelya_torch._handshake import LONGEST_TIMEOUT
+
         self.machine_id = f"{self.provider.value}-{secrets.token_hex(2)}"
         self._settings = {
             "machine_id": self.machine_id,
@@ -133,8 +135,8 @@ class RemoteMachine:
             "tls_ca": None if tls_ca is None else os.fspath(tls_ca),
             "tls_fingerprint": tls_fingerprint,
             "insecure": insecure,
-            "connect_timeout": _seconds("connect_timeout", connect_timeout),
-            "timeout": _seconds("timeout", timeout),
+            "connect_timeout": _seconds("connect_timeout", connect_timeout, 86400),
+            "timeout": _seconds("timeout", timeout, LONGEST_TIMEOUT),
             "options": dict(options or {}),
         }
         self._batching = bool(batching)
@@ -165,24 +167,32 @@ class RemoteMachine:
             self._backend = None  # one backend serves one life
             inflight = self._max_inflight
             life = Life(backend, batching=self._batching, max_inflight=inflight)
-            life.begin()
-            life.owner, self._life = self, life
-            _seed(life.index)
+            self._life = life  # so that `stop` and the program's end find it
+            try:
+                life.begin(self)
+                _seed(life.index)
+            except BaseException as error:
+                life.give_up(error)
+                self._life = None
+                raise
 
     def stop(self) -> None:
         """Send what is queued, end the worker, and free what it holds.
 
         A failure on the worker that nobody has seen is printed to stderr. Tensors
-        of the machine keep their metadata; everything else on them raises.
+        of the machine keep their metadata; everything else on them raises. A
+        `start` in another thread fails.
+
+        Raises:
+            RuntimeError: the provider could not end the worker; to try again may help.
         """
+        starting = self._life
+        if starting is not None:
+            starting.cancel()
         with self._lock:
-            life, self._life = self._life, None
-            if life is None:
-                return
-            index, unseen = life.index, life.finish()
-        if unseen:
-            text = f"mycelya_torch: {self.machine_id} (mycelya:{index}): {unseen}"
-            print(text, file=sys.stderr, flush=True)
+            if self._life is not None:
+                self._life.finish()
+                self._life = None
 
     def device(self, type: str | None = None, index: int = 0) -> torch.device:
         """Return the device whose tensors live on this machine.
@@ -234,7 +244,7 @@ class RemoteMachine:
         return make(self.provider.value, Settings(**self._settings))
 
     def _running(self) -> "Life":
-        if self._life is None or self._life.state == "new":
+        if self._life is None or self._life.state in ("new", "stopped"):
             what = f"machine {self.machine_id} is stopped"
             raise NotReady(what, "", "start() starts a new worker")
         return self._life
@@ -295,7 +305,7 @@ def _gpu(provider: CloudProvider, gpu_type: Any) -> GPUType | None:
 
 
 def _address(address: str | None) -> str:
-    host, _, port = (address or "").rpartition(":")
+    host, _, port = str(address or "").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         why = "tcp needs address='host:port', as the server prints it"
         raise InvalidValue(f"address {address!r}", why)
@@ -313,6 +323,9 @@ def _token(token: str | None, token_file: Any) -> str:
         except OSError as error:
             what = f"token_file {os.fspath(token_file)!r}"
             raise MissingFile(what, error.strerror or str(error)) from error
+        except UnicodeDecodeError:
+            what = f"token_file {os.fspath(token_file)!r}"
+            raise InvalidValue(what, "it holds no text in UTF-8") from None
     token = token or os.environ.get(TOKEN_VARIABLE)
     if not token:
         do = f"Give token= or token_file=, or set {TOKEN_VARIABLE}"
@@ -327,21 +340,23 @@ def _check_tls(tls: tuple[Any, Any], insecure: bool) -> None:
         raise InvalidValue("insecure=True", why)
     if ca is not None and not Path(ca).is_file():
         raise MissingFile(f"tls_ca {os.fspath(ca)!r}", "there is no such file")
-    digits = (fingerprint or "0" * 64).replace(":", "")
+    digits = str(fingerprint or "0" * 64).replace(":", "")
     if len(digits) != 64 or set(digits.lower()) - set("0123456789abcdef"):
         why = "a SHA-256 has 64 hexadecimal digits"
         raise InvalidValue(f"tls_fingerprint {fingerprint!r}", why)
 
 
-def _seconds(name: str, value: Any) -> float:
+def _seconds(name: str, value: Any, most: float) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 < value <= 86400:
-        raise InvalidValue(f"{name}={value!r}", "it has to be between 0 and 86400 s")
+    if not is_number or not 0 < value <= most:
+        why = f"it has to be more than 0 and at most {most:g} s"
+        raise InvalidValue(f"{name}={value!r}", why, f"Use {most:g} or less")
     return float(value)
 
 
 def _bytes(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 << 16:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not is_number or not 1 << 16 <= value < 1 << 62:
         raise InvalidValue(f"{name}={value!r}", "it has to be 65536 or more")
     return value
 
@@ -357,9 +372,14 @@ def _stop_all() -> None:
     for machine in list(_machines):
         try:
             machine.stop()
-        except (RemoteError, OSError, RuntimeError) as error:
-            text = f"mycelya_torch: {machine.machine_id}: {error}"
+        except BaseException as error:  # also Ctrl-C: the others must not run on
+            why = str(error) or type(error).__name__
+            text = f"mycelya_torch: {machine.machine_id}: {why}"
             print(text, file=sys.stderr, flush=True)
+    for life in manager.starting():
+        # A start that was given up: what it still gets is to be freed.
+        with contextlib.suppress(KeyboardInterrupt):
+            life.join(_LAST_SECONDS)
 
 
 def _forget_all() -> None:

@@ -9,7 +9,8 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from types import FrameType
@@ -171,22 +172,38 @@ def forbid_sync() -> Iterator[None]:
         torch.ops.mycelya.forbid_sync(former)
 
 
+def start_thread(name: str, run: Callable[[], None]) -> None:
+    """Start a thread whose waits are no line of the program's."""
+
+    def quietly() -> None:
+        _quiet.on = True
+        run()
+
+    threading.Thread(target=quietly, name=name, daemon=True).start()
+
+
 class _Reads:
-    """A thread that completes the futures of one machine, in order."""
+    """A thread that completes the reads of one machine, in order."""
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
-        name = f"mycelya-reads-{index}"
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._begun: queue.SimpleQueue = queue.SimpleQueue()
+        start_thread(f"mycelya-reads-{index}", self._run)
 
-    def put(self, future: Future, tensor: torch.Tensor, ticket: int) -> None:
-        self._waiting.put((future, tensor, ticket))
+    def begin(self, future: Future, tensor: torch.Tensor) -> None:
+        """Begin a read, and have the thread complete it.
+
+        The library writes into the result's memory until the thread has waited for
+        it, so the queue must hold the result before anything can interrupt this
+        thread. Hence no line of Python between the two: the chain runs in C.
+        """
+        read = torch.ops.mycelya.begin_read.default._op
+        queued = map(self._begun.put, zip([future], map(read, [tensor]), strict=True))
+        deque(queued, maxlen=0)
 
     def _run(self) -> None:
-        _quiet.on = True  # nobody's program waits here
         while True:
-            future, tensor, ticket = self._waiting.get()
+            future, (tensor, ticket) = self._begun.get()
             try:
                 torch.ops.mycelya.finish_read(self._index, ticket, "copy to cpu")
             except BaseException as error:
@@ -211,13 +228,12 @@ def to_cpu_async(tensor: torch.Tensor) -> "Future[torch.Tensor]":
     _device.require(tensor)
     _logging.log_tensor("to_cpu_async", tensor)
     future: Future[torch.Tensor] = Future()
-    index = tensor.device.index
-    result, ticket = torch.ops.mycelya.begin_read(tensor.detach())
     future.set_running_or_notify_cancel()
+    index = tensor.device.index
     with _lock:
         if index not in _reads:
             _reads[index] = _Reads(index)
-    _reads[index].put(future, result, ticket)
+    _reads[index].begin(future, tensor.detach())
     return future
 
 

@@ -107,9 +107,11 @@ class _Relay:
                 if wanted is None:
                     continue
                 for sock, mask in wanted.items():
-                    if masks.get(sock) != mask:
+                    if mask and masks.get(sock) != mask:
                         poll.register(sock, mask)
-                        masks[sock] = mask
+                    elif not mask and masks.get(sock):
+                        poll.unregister(sock)  # a hang-up would be told all the time
+                masks = wanted
                 poll.poll()
             self._tls.unwrap()
         except (OSError, ValueError):

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The worker's half of `load_huggingface_state_dicts`: safetensors files only.
 
-Four requests: ``list`` finds the files, ``load`` reads one of them, ``describe``
-names what was read, ``adopt`` gives it the client's storage ids. Until then nothing
-is the client's, so one bad file means that nothing is loaded.
+``list`` finds the files, ``load`` reads one of them, ``describe`` names what was
+read, ``adopt`` gives it the client's storage ids. Until then nothing is the client's,
+so one bad file means that nothing is loaded. ``forget`` is for a client that was
+interrupted: it drops what was read, or says that it has been adopted.
 """
 
 import json
@@ -37,6 +38,7 @@ class Loader:
     def __init__(self, options: "Options", device: torch.device) -> None:
         self._options, self._device = options, device
         self._token = 0
+        self._adopted: set[int] = set()
         self._files: list[tuple[str, Path]] = []  # folder in the repository, file
         self._folder = Path()
         self._dicts: dict[str, dict[str, torch.Tensor]] = {}
@@ -103,7 +105,14 @@ class Loader:
         if len(ids) != len(tensors) or not all(type(one) is int for one in ids):
             raise ValueError(f"{len(ids)} ids for {len(tensors)} storages")
         self._forget()
+        self._adopted.add(self._token)
         yield from zip(ids, tensors, strict=True)
+
+    def forget(self, request: dict[str, Any]) -> bool:
+        """Drop what was read but not adopted; return whether it was adopted."""
+        if request["token"] == self._token:
+            self._forget()
+        return request["token"] in self._adopted
 
     def _tensors(self) -> list[torch.Tensor]:
         every = (t for entries in self._dicts.values() for t in entries.values())

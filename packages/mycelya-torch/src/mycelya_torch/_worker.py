@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,7 +27,6 @@ from mycelya_torch._errors import ProtocolError, kind_of
 
 BYE, LOST, CONTROL, VIOLATION = range(4)
 _BEAT = 5.0  # seconds; a third of the client's patience if that is shorter
-_LONGEST_TIMEOUT = 3600.0
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _LAUNCH = (
     "import sys, types; p = types.ModuleType('mycelya_torch'); "
@@ -47,6 +47,7 @@ class Options:
     allow_hub: bool = False  # ... and from the hub
     parent: int = 0  # the process that it must not outlive
     under_server: bool = False  # connections come through the socket
+    silence: float = 0.0  # seconds after which a mute client's connection is cut; 0: no
 
 
 def command(python: str, fd: int, options: Options) -> list[str]:
@@ -82,18 +83,20 @@ class Session:
         try:
             self._begin(sock, _handshake.check_client(hello))
         except (OSError, ValueError, RuntimeError) as error:
-            _refuse(sock, str(error))
+            _handshake.refuse(sock, str(error))
             return
         try:
             self._serve()
+        except RuntimeError as error:  # the library's, of what the client sent
+            print(f"the session ends: {error}", file=sys.stderr, flush=True)
         finally:
             torch.ops.mycelya.worker_close(self._handle)
 
     def _begin(self, sock: socket.socket, hello: dict[str, Any]) -> None:
-        _check_torch(hello["torch"])
+        _handshake.check_torch(hello["torch"], "client")
         self._device = choose_device(hello["device"], self.options.device)
         self._id = hello["session"] or self._id
-        self._timeout = min(max(float(hello["timeout"]), 0.1), _LONGEST_TIMEOUT)
+        self._timeout = max(float(hello["timeout"]), 0.1)
         limit = self.options.max_memory
         if not self.options.own_generator and hello["threads"] > 0:
             most = 4 * (os.cpu_count() or 1)
@@ -105,7 +108,7 @@ class Session:
             if 0 < limit < total:
                 torch.cuda.set_per_process_memory_fraction(limit / total)
         sock.sendall(_handshake.pack(self._hello(0)))
-        sock.settimeout(None)
+        self._prepare(sock)
         self._handle = torch.ops.mycelya.worker_new(
             sock.detach(),
             str(self._device),
@@ -114,6 +117,14 @@ class Session:
             limit,
             min(_BEAT, self._timeout / 3),
         )
+
+    def _prepare(self, sock: socket.socket) -> None:
+        """Make a socket fit for the library: it blocks, but not for ever."""
+        sock.settimeout(None)
+        if seconds := self.options.silence:
+            value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                sock.setsockopt(socket.SOL_SOCKET, option, value)
 
     def _hello(self, received: int) -> dict[str, Any]:
         cuda = self._device.type == "cuda"
@@ -146,7 +157,7 @@ class Session:
             status = 0
         except Exception as error:
             status, text = 1 + kind_of(error), str(error) or type(error).__name__
-            answer = text.encode()[:65536]
+            answer = text[:16384].encode("utf-8", "replace")
         torch.ops.mycelya.worker_reply(self._handle, number, status, to_tensor(answer))
 
     def _control(self, request: dict[str, Any]) -> Any:
@@ -163,7 +174,7 @@ class Session:
             case "empty_cache":
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
-            case "list" | "load" | "describe" | "adopt":
+            case "list" | "load" | "describe" | "adopt" | "forget":
                 return self._load(request)
             case other:
                 raise ValueError(f"no such request: {other!r:.80}")
@@ -198,6 +209,8 @@ class Session:
             return self._loader.find(request)
         if request["do"] == "describe":
             return self._loader.describe(request)
+        if request["do"] == "forget":
+            return self._loader.forget(request)
         if request["do"] == "load":
             room = None
             if self.options.max_memory:
@@ -222,12 +235,13 @@ class Session:
             try:
                 received = torch.ops.mycelya.worker_received(self._handle)
                 sock.sendall(_handshake.pack(self._hello(received)))
-                sock.settimeout(None)
+                self._prepare(sock)
             except OSError:
                 sock.close()  # cut again
                 continue
-            peer = int(hello["received"])
-            torch.ops.mycelya.worker_resume(self._handle, sock.detach(), peer)
+            torch.ops.mycelya.worker_resume(
+                self._handle, sock.detach(), hello["received"]
+            )
             return True
         return False
 
@@ -286,30 +300,11 @@ def take_connection(server: socket.socket) -> tuple[socket.socket, dict[str, Any
         OSError: the server has gone, or the socket's timeout is over.
     """
     data, fds, _, _ = socket.recv_fds(server, 4, 1)
-    if len(data) < 4 or not fds:
+    if not fds:
         raise ConnectionError("the server process closed the connection")
     data += _handshake.receive(server, 4 - len(data))
     body = _handshake.receive(server, int.from_bytes(data, "little"))
     return socket.socket(fileno=fds[0]), _handshake.unpack(body)
-
-
-def _check_torch(version: str) -> None:
-    mine = torch.__version__
-    if _library.minor(version) != _library.minor(mine):
-        raise ProtocolError(
-            f"the client runs torch {version[:40]}, the worker torch {mine}: both need "
-            "the same minor version, as operators differ between them"
-        )
-
-
-def _refuse(sock: socket.socket, text: str) -> None:
-    try:
-        if sock.fileno() >= 0:
-            sock.sendall(_handshake.pack({"error": text[:4000]}))
-    except OSError:
-        pass  # nobody is there to be told
-    finally:
-        sock.close()
 
 
 def _bind_to_parent(parent: int) -> None:

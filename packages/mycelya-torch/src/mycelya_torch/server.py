@@ -20,18 +20,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mycelya_torch import _handshake, _tls, _worker
 from mycelya_torch._errors import AuthenticationError, ProtocolError
+from mycelya_torch._machine import TOKEN_VARIABLE
 from mycelya_torch.backends.tcp import is_loopback
 
 MAX_UNPROVED = 16
 PROOF_SECONDS = 10.0
 FAILURE_DELAY = 0.5
-TOKEN_VARIABLE = "MYCELYA_TOKEN"
+LONGEST_IDLE = 86400.0
 log = logging.getLogger("mycelya_torch.server")
 
 
@@ -87,7 +88,7 @@ class Session:
 
 
 class Server:
-    """Accepts connections until it is stopped."""
+    """Accepts connections until it is stopped, or idle for ``options.silence``."""
 
     def __init__(
         self, listener: socket.socket, token: str, tls: Any, options: _worker.Options
@@ -96,17 +97,34 @@ class Server:
         self._context, self._cert = tls or (None, b"")
         self._unproved = threading.BoundedSemaphore(MAX_UNPROVED)
         self._sessions: dict[bytes, Session] = {}
+        self._idle_since = time.monotonic()
 
-    def serve(self) -> NoReturn:
-        """Accept connections; only a signal ends it."""
-        while True:
-            sock, address = self._listener.accept()
+    def serve(self) -> None:
+        """Accept connections; a signal ends it, or that there was no session."""
+        patience = self._options.silence
+        self._listener.settimeout(min(patience / 4, 5.0) or None)
+        while not self._is_idle():
+            try:
+                sock, address = self._listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:  # too many open files: others may be closed
+                log.warning("no connection can be accepted: %s", error)
+                time.sleep(FAILURE_DELAY)
+                continue
             peer = f"{address[0]}:{address[1]}"
             if not self._unproved.acquire(blocking=False):
                 log.warning("%s: refused, %d others prove theirs", peer, MAX_UNPROVED)
                 sock.close()
                 continue
             threading.Thread(target=self._meet, args=(sock, peer), daemon=True).start()
+        log.info("no session for %g s: the end", patience)
+
+    def _is_idle(self) -> bool:
+        patience = self._options.silence
+        if not patience or self._sessions:
+            return False
+        return time.monotonic() - self._idle_since > patience
 
     def stop(self) -> None:
         """End all workers."""
@@ -116,11 +134,9 @@ class Server:
 
     def _meet(self, sock: socket.socket, peer: str) -> None:
         try:
-            stream, hello = self._prove(sock)
+            stream, hello = self._prove(sock, time.monotonic() + PROOF_SECONDS)
         except (OSError, AuthenticationError, ProtocolError) as error:
             log.warning("%s: refused: %s", peer, str(error) or type(error).__name__)
-            time.sleep(FAILURE_DELAY)
-            sock.close()
             return
         finally:
             self._unproved.release()
@@ -128,27 +144,31 @@ class Server:
             self._host(stream, hello, peer)
         except (OSError, ProtocolError) as error:
             log.warning("%s: %s", peer, error)
-            _refuse(stream, str(error))
+            _handshake.refuse(stream, str(error))
 
-    def _prove(self, sock: socket.socket) -> tuple[socket.socket, dict[str, Any]]:
-        end = time.monotonic() + PROOF_SECONDS
-        sock.settimeout(PROOF_SECONDS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._context is None:
-            _handshake.prove_as_server(sock, self._token)
-            stream = sock
-        else:
-            tls = self._context.wrap_socket(sock, server_side=True)
-            tls.settimeout(max(end - time.monotonic(), 0.01))
-            try:
-                _handshake.prove_as_server(tls, self._token, self._cert)
-            except BaseException:
-                time.sleep(FAILURE_DELAY)
-                tls.close()
-                raise
-            stream = _tls.relay(tls)
-        stream.settimeout(max(end - time.monotonic(), 0.01))
-        return stream, _handshake.check_client(_handshake.receive_hello(stream))
+    def _prove(
+        self, sock: socket.socket, deadline: float
+    ) -> tuple[socket.socket, dict[str, Any]]:
+        """Return the connection and the hello of a peer that knows the token.
+
+        One deadline holds for all of it. Any other peer is cut off, late.
+        """
+        stream = sock
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _handshake.limit(sock, deadline)
+            if self._context is not None:
+                stream = tls = self._context.wrap_socket(sock, server_side=True)
+                _handshake.prove_as_server(tls, self._token, self._cert, deadline)
+                stream = _tls.relay(tls)
+            else:
+                _handshake.prove_as_server(sock, self._token, b"", deadline)
+            hello = _handshake.receive_hello(stream, deadline)
+            return stream, _handshake.check_client(hello)
+        except BaseException:
+            time.sleep(FAILURE_DELAY)
+            _cut(stream)
+            raise
 
     def _host(self, stream: socket.socket, hello: dict[str, Any], peer: str) -> None:
         """Give a connection to its session; a new one is served to its end here."""
@@ -164,9 +184,13 @@ class Server:
         log.info("%s: worker %d", peer, session.pid)
         try:
             session.give(stream, hello)
+        except BaseException:
+            session.stop()  # it would wait for a connection for ever
+            raise
         finally:
             status = session.wait()
             del self._sessions[session.id]
+            self._idle_since = time.monotonic()
             log.info("%s: worker %d ended with status %d", peer, session.pid, status)
 
 
@@ -175,12 +199,6 @@ def _cut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
-
-
-def _refuse(stream: socket.socket, text: str) -> None:
-    with contextlib.suppress(OSError):
-        stream.sendall(_handshake.pack({"error": text}))
-    stream.close()
 
 
 def _token(file: str | None) -> str:
@@ -216,6 +234,10 @@ def _listen(arguments: argparse.Namespace) -> socket.socket:
     return socket.create_server(address[:2], family=family, backlog=64)
 
 
+_IDLE = """exit after so long without a client; one that is mute for so long counts as
+gone; 0: never"""
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mycelya_torch.server",
@@ -232,11 +254,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--allow-hub", action="store_true", help="clients may load from the hub")
     add("--hub-root", help="clients may load from folders below this one")
     add("--insecure", action="store_true", help="no TLS, although not on loopback")
+    add("--exit-when-idle", type=float, default=0.0, metavar="SECONDS", help=_IDLE)
     parsed = parser.parse_args(arguments)
     if bool(parsed.tls_cert) != bool(parsed.tls_key):
         parser.error("--tls-cert and --tls-key belong together")
     if parsed.max_memory < 0 or not 0 <= parsed.port < 65536:
         parser.error("--max-memory must not be negative, --port is 0 to 65535")
+    if not 0 <= parsed.exit_when_idle <= LONGEST_IDLE:
+        parser.error(f"--exit-when-idle is 0 to {LONGEST_IDLE:g} seconds")
     if parsed.hub_root and not Path(parsed.hub_root).is_dir():
         parser.error(f"--hub-root {parsed.hub_root}: there is no such folder")
     return parsed
@@ -246,15 +271,8 @@ def _stop(*_: object) -> NoReturn:
     raise SystemExit(0)
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
-    yield
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM; return the exit status."""
+    """Serve until SIGTERM, or until it is idle; return the exit status."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(name)s: %(message)s")
     parsed = _parse(arguments)
     try:
@@ -273,17 +291,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_hub=parsed.allow_hub,
         parent=os.getpid(),
         under_server=True,
+        silence=parsed.exit_when_idle,
     )
     server = Server(listener, token, tls, options)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     ready = {"address": address, "fingerprint": tls[1].hex() if tls else None}
-    with _stopped_by_signals():
-        print(json.dumps(ready), flush=True)
-        try:
-            server.serve()
-        finally:
-            server.stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    print(json.dumps(ready), flush=True)
+    try:
+        server.serve()
+    finally:
+        server.stop()
+    return 0
 
 
 if __name__ == "__main__":

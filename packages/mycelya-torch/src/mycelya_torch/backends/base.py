@@ -82,5 +82,9 @@ class Backend(abc.ABC):
     def stop(self, grace: float) -> None:
         """Free everything; kill what has not ended after ``grace`` seconds.
 
-        May be called from any thread, more than once, and interrupts `connect`.
+        May be called from any thread, more than once, and interrupts `connect`. What
+        a `start` gets later is freed by another call.
+
+        Raises:
+            RuntimeError: the provider did not do it; to call again may help.
         """

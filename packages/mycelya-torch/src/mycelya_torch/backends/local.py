@@ -63,7 +63,7 @@ class LocalBackend(Backend):
                 # Ctrl-C in the terminal is for the program, not for its worker.
                 process_group=0,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._socket.close()
             self._output.close()
             what = f"the worker of {self.settings.machine_id} can't be started"

@@ -22,12 +22,19 @@ from mycelya_torch import _tls
 from mycelya_torch._errors import AuthenticationError
 from mycelya_torch.backends.base import Backend, Settings
 from mycelya_torch.backends.tcp import open_socket, prove_over_tls
-from torchworks_core.errors import MissingExtra, NotReady
+from torchworks_core.errors import InvalidValue, MissingExtra, NotReady
 
 APP = "mycelya-torch"
 PORT = 8765
+# Seconds without a client after which the server in the sandbox ends, and with it the
+# sandbox: nobody else would end it, and pay no longer, once the client is gone.
+IDLE_SECONDS = 180
 _DELAY = 0.5
 _DAY = 24 * 3600
+_LEFT = (
+    "The sandbox may still be running, and cost money: call stop() again, or end it in "
+    f"Modal's dashboard; by itself it ends {IDLE_SECONDS} s after its client"
+)
 _LOGIN = (
     "Run `modal setup`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET as Modal's "
     "settings page shows them"
@@ -45,11 +52,17 @@ class ModalBackend(Backend):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        seconds = settings.options.get("sandbox_timeout", _DAY)
+        if type(seconds) is not int or not 0 < seconds <= _DAY:
+            what = f"option sandbox_timeout={seconds!r}"
+            raise InvalidValue(what, f"it has to be an int from 1 to {_DAY} s")
+        self._seconds = seconds
         self._modal = find_modal()
         self._token = secrets.token_urlsafe(32)
         self._sandbox: Any = None
         self._address: tuple[str, int] | None = None
         self._stopped = threading.Event()
+        self._lock = threading.Lock()  # of `stop`: one of them ends the sandbox
 
     def start(self, deadline: float) -> None:
         """Have the image built and the sandbox made; Modal does so in its own time."""
@@ -60,19 +73,36 @@ class ModalBackend(Backend):
                 self._modal, given.options.get("package")
             )
             secret = make_secret(self._modal, self._token)
+            self._check_wanted()
             self._sandbox = make_sandbox(
-                self._modal, app, image, secret, given.gpu_type or "", given.options
+                self._modal,
+                app,
+                image,
+                secret,
+                gpu=given.gpu_type or "",
+                seconds=self._seconds,
+                options=given.options,
             )
+        except NotReady:
+            raise
         except Exception as error:
             raise self._explained(error) from error
+        try:
+            self._check_wanted()
+        except NotReady as error:
+            # `stop` came while Modal worked, and had nothing to end yet.
+            try:
+                self.stop(0.0)
+            except NotReady as second:
+                error.add_note(str(second))
+            raise
 
     def connect(self, deadline: float) -> socket.socket:
         """Dial through the tunnel until the server in the sandbox answers."""
         while True:
-            if self._stopped.is_set():
-                raise NotReady(f"machine {self.settings.machine_id} is stopped")
-            if (status := poll(self._sandbox)) is not None:
-                raise NotReady(self._ended(status))
+            self._check_wanted()
+            if ended := self.explain():
+                raise NotReady(ended)
             try:
                 return self._dial(deadline)
             except AuthenticationError:
@@ -84,21 +114,36 @@ class ModalBackend(Backend):
 
     def explain(self) -> str:
         """Return how the sandbox ended, if it did."""
+        sandbox = self._sandbox
+        if sandbox is None:
+            return ""
         try:
-            status = None if self._sandbox is None else poll(self._sandbox)
+            status = poll(sandbox)
         except Exception as error:
             return str(self._explained(error))
-        return "" if status is None else self._ended(status)
+        if status is None:
+            return ""
+        return (
+            f"the Modal sandbox with GPU {self.settings.gpu_type} ended with status "
+            f"{status}: by its time limit (options['sandbox_timeout']), or its output "
+            "in Modal's dashboard tells why"
+        )
 
     def stop(self, grace: float) -> None:
-        """Terminate the sandbox."""
+        """Terminate the sandbox; it is tried again if called again after a failure."""
         self._stopped.set()
-        sandbox, self._sandbox = self._sandbox, None
-        if sandbox is not None:
+        with self._lock:
+            if self._sandbox is None:
+                return
             try:
-                terminate(sandbox)
+                terminate(self._sandbox)
             except Exception as error:
-                raise self._explained(error) from error
+                raise self._explained(error, _LEFT) from error
+            self._sandbox = None
+
+    def _check_wanted(self) -> None:
+        if self._stopped.is_set():
+            raise NotReady(f"machine {self.settings.machine_id} is stopped")
 
     def _dial(self, deadline: float) -> socket.socket:
         if self._address is None:
@@ -112,22 +157,16 @@ class ModalBackend(Backend):
         try:
             tls = _tls.wrap_client(sock, host, self.settings.tls_ca, None)
             # The tunnel's certificate is not the server's: it binds nothing.
-            return prove_over_tls(tls, self._token, b"")
+            return prove_over_tls(tls, self._token, b"", deadline)
         except BaseException:
             sock.close()
             raise
 
-    def _ended(self, status: int) -> str:
-        return (
-            f"the Modal sandbox with GPU {self.settings.gpu_type} ended with status "
-            f"{status}: by its time limit (options['sandbox_timeout']), or its output "
-            "in Modal's dashboard tells why"
-        )
-
-    def _explained(self, error: Exception) -> NotReady:
+    def _explained(self, error: Exception, do: str = "") -> NotReady:
         text = str(error) or type(error).__name__
         what = f"Modal, GPU {self.settings.gpu_type}"
-        do = _LOGIN if is_login(self._modal, error) else ""
+        if is_login(self._modal, error):
+            do = f"{_LOGIN}. {do}" if do else _LOGIN
         return NotReady(what, f"{type(error).__name__}: {text}", do)
 
 
@@ -173,11 +212,19 @@ def make_secret(modal: Any, token: str) -> Any:
 
 
 def make_sandbox(
-    modal: Any, app: Any, image: Any, secret: Any, gpu: str, options: Mapping[str, Any]
+    modal: Any,
+    app: Any,
+    image: Any,
+    secret: Any,
+    *,
+    gpu: str,
+    seconds: int,
+    options: Mapping[str, Any],
 ) -> Any:
     """Start our server in a sandbox. Only Modal's tunnel reaches it."""
     command = ["python", "-m", "mycelya_torch.server", "--bind", "0.0.0.0"]
     command += ["--port", str(PORT), "--insecure", "--allow-hub"]
+    command += ["--exit-when-idle", str(IDLE_SECONDS)]
     known = {
         name: options[name] for name in ("region", "cpu", "memory") if name in options
     }
@@ -187,7 +234,7 @@ def make_sandbox(
         image=image,
         secrets=[secret],
         gpu=gpu,
-        timeout=options.get("sandbox_timeout", _DAY),
+        timeout=seconds,
         encrypted_ports=[PORT],
         **known,
     )

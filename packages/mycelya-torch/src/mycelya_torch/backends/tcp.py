@@ -8,7 +8,7 @@ import ssl
 import time
 
 from mycelya_torch import _handshake, _tls
-from mycelya_torch._errors import AuthenticationError, MachineDiedError, ProtocolError
+from mycelya_torch._errors import MachineDiedError
 from mycelya_torch.backends.base import Backend, Settings
 from torchworks_core.errors import NotReady
 
@@ -51,11 +51,11 @@ class TcpBackend(Backend):
         sock = open_socket(host, port, deadline)
         try:
             elsewhere = not is_loopback(sock.getpeername()[0])
-            if not wants_tls and not (elsewhere and not given.insecure):
-                _handshake.prove_as_client(sock, given.token or "")
+            if not wants_tls and (given.insecure or not elsewhere):
+                _handshake.prove_as_client(sock, given.token or "", b"", deadline)
                 return sock
             tls = _tls.wrap_client(sock, host, given.tls_ca, given.tls_fingerprint)
-            return prove_over_tls(tls, given.token or "", _tls.digest(tls))
+            return prove_over_tls(tls, given.token or "", _tls.digest(tls), deadline)
         except BaseException:
             sock.close()
             raise
@@ -84,14 +84,16 @@ def open_socket(host: str, port: int, deadline: float) -> socket.socket:
     return sock
 
 
-def prove_over_tls(tls: ssl.SSLSocket, token: str, cert: bytes) -> socket.socket:
+def prove_over_tls(
+    tls: ssl.SSLSocket, token: str, cert: bytes, deadline: float
+) -> socket.socket:
     """Prove the token, and return a plain socket that stands for the TLS one."""
     try:
-        _handshake.prove_as_client(tls, token, cert)
-    except (OSError, AuthenticationError, ProtocolError):
+        _handshake.prove_as_client(tls, token, cert, deadline)
+        return _tls.relay(tls)
+    except BaseException:
         tls.close()
         raise
-    return _tls.relay(tls)
 
 
 def is_loopback(address: str) -> bool:
