@@ -78,7 +78,7 @@ class BuildLibrary(build_ext):
     def run(self) -> None:
         """Fill in what needs torch, and build."""
         if sys.platform == "win32":
-            raise SystemExit("mycelya-torch has no Windows build: use Linux, for example WSL")
+            raise SystemExit("mycelya-torch has no Windows build: use Linux, or WSL")
         torch, folder = torch_folder(), sources()
         # What an earlier build left may be for another torch.
         self.force = True
