@@ -11,11 +11,14 @@
 // Stands for "no key yet"; finite, so that it can be subtracted from -inf.
 #define LOWEST -1e30f
 
+// Keys and values are packed for some kv heads at a time: enough to keep the
+// threads busy, and no more, because long inputs would fill the memory.
 typedef struct {
   const kp_plan* p;
-  float *keys,
-      *values;   // [batch * kv_heads][panels + extra][dim | 16][16 | padded]
-  uint8_t* odd;  // the same without the last two: values not all finite
+  int64_t heads;        // kv heads, of all batch entries, packed at a time
+  float* keys;          // [heads][panels + extra][dim][16]
+  float* values;        // [heads][panels + extra][16][padded]
+  uint8_t* odd;         // [heads][panels + extra] values not all finite
   float* extra_weight;  // [extra_panels * 16], in units of log 2
 } KP(packed);
 
@@ -40,16 +43,12 @@ typedef struct {
   int odd;
 } KP(tile);
 
-INLINE int64_t panel_at(const kp_plan* p, int64_t b, int64_t head,
-                        int64_t panel) {
-  return (b * p->a->kv_heads + head) * (p->panels + p->extra_panels) + panel;
-}
-
-static void KP(pack)(const KP(packed) * s, int64_t at) {
+// Packs panel `at` of those that begin with kv head `first`.
+static void KP(pack)(const KP(packed) * s, int64_t first, int64_t at) {
   const kp_plan* p = s->p;
   const kp_args* a = p->a;
   int64_t each = p->panels + p->extra_panels, ld = padded(a);
-  int64_t head = at / each;
+  int64_t head = first + at / each;
   KP(source)
   from = KP(find)(p, head / a->kv_heads, head % a->kv_heads, at % each);
   float rows[KP_PANEL * KP_MAX_DIM], *values = s->values + at * KP_PANEL * ld;
@@ -264,14 +263,18 @@ static void KP(finish)(const kp_args* a, KP(work) * w, int64_t row) {
   }
 }
 
-static void KP(forward_row)(const KP(packed) * s, KP(work) * w, int64_t item) {
+// Row `item` of those that begin with kv head `first`.
+static void KP(forward_row)(const KP(packed) * s, KP(work) * w, int64_t first,
+                            int64_t item) {
   const kp_plan* p = s->p;
   const kp_args* a = p->a;
-  int64_t bh = item / p->q_blocks, b = bh / a->heads, h = bh % a->heads;
+  int64_t group = a->heads / a->kv_heads;
+  int64_t bh = first * group + item / p->q_blocks;
+  int64_t b = bh / a->heads, h = bh % a->heads;
   int64_t list = a->index_batch == 1 ? h : bh;
   int64_t block = p->order[list * p->q_blocks + item % p->q_blocks];
   int64_t q0 = block * a->block, ld = padded(a), mixed, end;
-  int64_t base = panel_at(p, b, h / (a->heads / a->kv_heads), 0);
+  int64_t base = (bh / group - first) * (p->panels + p->extra_panels);
   w->rows = kp_min(a->block, a->q_len - q0);
   KP(load_queries)(
       a, b * a->q_stride[0] + h * a->q_stride[1] + q0 * a->q_stride[2], w);
@@ -313,8 +316,7 @@ static KP(work) KP(forward_work)(const kp_plan* p, char* at, int64_t* bytes) {
 static void KP(forward_run)(KP(packed) * s, char* memory) {
   const kp_plan* p = s->p;
   const kp_args* a = p->a;
-  int64_t panels = a->batch * a->kv_heads * (p->panels + p->extra_panels);
-  int64_t items = a->batch * a->heads * p->q_blocks;
+  int64_t heads = a->batch * a->kv_heads, group = a->heads / a->kv_heads;
   for (int64_t i = 0; i < p->extra_panels * KP_PANEL; i++)
     s->extra_weight[i] =
         i < p->kv_blocks ? a->extra_weight[i] * KP_LOG2E : 0.0f;
@@ -324,18 +326,24 @@ static void KP(forward_run)(KP(packed) * s, char* memory) {
     KP(forward_work)(p, memory, &bytes);
     KP(work)
     w = KP(forward_work)(p, memory + omp_get_thread_num() * bytes, &bytes);
+    for (int64_t first = 0; first < heads; first += s->heads) {
+      int64_t count = kp_min(s->heads, heads - first);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < panels; i++) KP(pack)(s, i);
+      for (int64_t i = 0; i < count * (p->panels + p->extra_panels); i++)
+        KP(pack)(s, first, i);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < items; i++) KP(forward_row)(s, &w, i);
+      for (int64_t i = 0; i < count * group * p->q_blocks; i++)
+        KP(forward_row)(s, &w, first, i);
+    }
   }
 }
 
 int KP(forward)(const kp_plan* p) {
   const kp_args* a = p->a;
-  int64_t panels = a->batch * a->kv_heads * (p->panels + p->extra_panels),
-          bytes;
   KP(packed) s = {.p = p};
+  int64_t rows = a->heads / a->kv_heads * p->q_blocks, bytes;
+  s.heads = kp_min(kp_ceil(128 * p->threads, rows), a->batch * a->kv_heads);
+  int64_t panels = s.heads * (p->panels + p->extra_panels);
   KP(forward_work)(p, NULL, &bytes);
   s.keys = kp_alloc(panels * KP_PANEL, a->dim * (int64_t)sizeof(float));
   s.values = kp_alloc(panels * KP_PANEL, padded(a) * (int64_t)sizeof(float));

@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,7 +107,9 @@ def dtype_code(dtype: torch.dtype) -> int | None:
     return _DTYPES.get(dtype)
 
 
-def call(name: str, tensors: dict[str, Tensor | None], **numbers: int | float) -> bool:
+def call(
+    name: str, tensors: Mapping[str, Tensor | None], **numbers: int | float
+) -> bool:
     """Run ``kp_bs_forward`` or ``kp_bs_backward``.
 
     Args:
