@@ -16,7 +16,6 @@ namespace mycelya {
 
 constexpr auto kDeviceType = c10::DeviceType::PrivateUse1;
 constexpr int kMaxMachines = 32;
-constexpr uint32_t kProtocolVersion = 1;
 constexpr size_t kMaxPayload = size_t{16} << 20;  // of one frame
 constexpr size_t kMaxDims = 64;
 constexpr size_t kMaxSignatures = 65536;  // alive at a time, per machine

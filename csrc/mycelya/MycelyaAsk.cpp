@@ -100,8 +100,13 @@ std::string Connection::ask_and_wait(Frame type, const std::string& payload,
   about_to_wait(reason);
   WithoutGil without;
   auto start = Clock::now();
-  Lock lock = begin_append(/*raises=*/false);
+  // What a RUN makes on the worker has to be taken: there, a failure that
+  // nobody has seen is raised before the question, else with its answer.
+  bool makes =
+      type == Frame::kAsk && payload[0] == static_cast<char>(Question::kRun);
+  Lock lock = begin_append(/*raises=*/makes);
   auto waiter = queue_question(type, payload, to, count);
+  waiter->makes = makes;
   try {
     // Handing the question to the writer would cost a change of threads.
     if (can_send() && !sending_) send_until(lock, placed_);
@@ -151,7 +156,7 @@ std::string Connection::finish(Lock lock, Waiter& waiter,
   // An answer without an error still comes after a failure that nobody saw.
   auto failure = std::move(waiter.failure);
   if (!failure) {
-    failure = std::move(pending_);
+    if (!waiter.makes) failure = std::move(pending_);
   } else if (pending_ && pending_->serial == failure->serial) {
     pending_.reset();
   }

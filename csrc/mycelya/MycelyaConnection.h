@@ -163,6 +163,7 @@ class Connection {
     bool abandoned = false;  // nobody waits any more; `to` is gone
     bool waiting = false;    // a thread waits now
     bool ended = false;      // no answer will come
+    bool makes = false;      // its answer raises no failure but its own
   };
   using WaiterPtr = std::shared_ptr<Waiter>;
 

@@ -64,7 +64,8 @@ bool send_all(int fd, iovec* parts, size_t count) {
 }
 
 using Seconds = std::chrono::duration<double>;
-// Longer than anybody waits for a connection to be resumed.
+// As long as anybody may wait for a connection to be resumed: LONGEST_TIMEOUT
+// in _handshake.py.
 constexpr Seconds kPatience(600);
 
 iovec part_of(std::string_view piece) {

@@ -172,7 +172,6 @@ const bool g_registered = [] {
 }  // namespace
 
 TORCH_LIBRARY(mycelya, m) {
-  m.def("protocol_version() -> int", [] { return int64_t{kProtocolVersion}; });
   m.def("built_for() -> str", built_for);
   m.def("set_hooks(int[] addresses) -> ()", set_hooks);
   m.def("set_error_types(int[] addresses) -> ()", set_error_types);
