@@ -8,6 +8,8 @@ are the plans. Each takes a `MaskSpec`.
 
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_sparse import block_sparse_attention
+from kernel_pytorch.attention.factory import create_ring_attention
+from kernel_pytorch.attention.layers import RingAttentionLayer
 from kernel_pytorch.attention.layout import (
     shard_positions,
     shard_sequence,
@@ -23,9 +25,11 @@ __all__ = [
     "BlockIndex",
     "MaskSpec",
     "NativeStatus",
+    "RingAttentionLayer",
     "RingStats",
     "attention",
     "block_sparse_attention",
+    "create_ring_attention",
     "merge_partials",
     "native_status",
     "partial_attention",
