@@ -159,12 +159,11 @@ def test_null_arguments_and_huge_sizes_are_refused():
 @pytest.mark.fast
 @needs_library
 def test_out_of_memory_is_told():
-    """A head count that is legal and needs more memory than any machine has."""
+    """A number of keys that is legal and needs a TiB; none of them is attended to."""
     q = torch.zeros(1, 1, 1, 1)
-    batch = 2**30
     counts = torch.zeros(1, dtype=torch.int32)
     tensors = {"q": q, "k": q, "v": q, "out": q, "lse": q, "counts": counts}
-    sizes = {"batch": batch, "heads": 1, "kv_heads": 1, "q_len": 1, "kv_len": 1}
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "q_len": 1, "kv_len": 2**30}
     sizes |= {"dim": 256, "block": 16, "index_batch": 1, "width": 0, "scale": 1.0}
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, before[1]))
