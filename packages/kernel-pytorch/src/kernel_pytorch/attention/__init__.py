@@ -3,7 +3,8 @@
 
 `partial_attention` and `merge_partials` are the operation; `attention` (one device),
 `ring_attention` (ranks) and `block_sparse_attention` (the blocks of a `BlockIndex`)
-are the plans. Each takes a `MaskSpec`.
+are the plans. Each takes a `MaskSpec`. `build_block_index` makes an index by a
+`SparsePattern`.
 """
 
 from kernel_pytorch.attention.block_index import BlockIndex
@@ -18,6 +19,7 @@ from kernel_pytorch.attention.layout import (
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.native import NativeStatus, native_status
 from kernel_pytorch.attention.partial import merge_partials, partial_attention
+from kernel_pytorch.attention.patterns import SparsePattern, build_block_index
 from kernel_pytorch.attention.ring import RingStats, ring_attention, ring_stats
 from kernel_pytorch.attention.streaming import attention
 
@@ -27,8 +29,10 @@ __all__ = [
     "NativeStatus",
     "RingAttentionLayer",
     "RingStats",
+    "SparsePattern",
     "attention",
     "block_sparse_attention",
+    "build_block_index",
     "create_ring_attention",
     "merge_partials",
     "native_status",
