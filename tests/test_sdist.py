@@ -115,9 +115,10 @@ def test_it_builds_a_wheel_elsewhere_that_holds_the_package_and_no_more(
 
 def test_the_build_sees_a_link_if_there_is_one(package, tmp_path):
     """A link inside a package must reach the sdist as a file, not as a link."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (tmp_path / "p").mkdir(exist_ok=True)
-        (tmp_path / "p" / name).write_bytes((package.folder / name).read_bytes())
+    (tmp_path / "p").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "hatch_build.py"):
+        if (package.folder / name).exists():
+            (tmp_path / "p" / name).write_bytes((package.folder / name).read_bytes())
     home = tmp_path / "p/src" / package.import_name
     home.mkdir(parents=True)
     (home / "__init__.py").write_text("")
