@@ -314,7 +314,7 @@ def test_a_package_must_be_known_and_stand_in_its_folder(tree, name, changes):
 
 
 def test_an_unknown_package_is_named_with_those_that_exist():
-    with pytest.raises(ValueError, match="'mol'; there are: torchworks-core, .*mol-f"):
+    with pytest.raises(ValueError, match=r"'mol'; there are: torchworks-core, .*mol-f"):
         package("mol")
 
 
