@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kernel_pytorch import attention
+
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -24,7 +26,7 @@ def test_readme_examples():
 def test_readme_names_the_files():
     text = (PACKAGE / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+\.py)`", text))
-    there = (PACKAGE / "src/kernel_pytorch/attention").glob("*.py")
+    there = Path(attention.__file__).parent.glob("*.py")
     assert named == {file.name for file in there} - {"__init__.py"}
 
 
