@@ -331,6 +331,7 @@ bool also_forwarded(const c10::OperatorHandle& op) {
       "aten::mish_backward", "aten::silu_backward"};
   const auto& name = op.operator_name();
   if (name.name == "aten::mode") return name.overload_name == "values";
+  if (name.name == "aten::logsumexp") return name.overload_name.empty();
   return any_overload.count(name.name) != 0 && !op.schema().is_mutable();
 }
 

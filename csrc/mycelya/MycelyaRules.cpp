@@ -9,6 +9,7 @@
 #include <ATen/WrapDimUtils.h>
 #include <ATen/native/ConvUtils.h>
 #include <ATen/native/Resize.h>
+#include <ATen/ops/sum_meta_dispatch.h>
 #include <c10/core/DefaultDtype.h>
 
 #include <unordered_map>
@@ -183,6 +184,17 @@ void convolution(Stack& stack) {
 }
 
 // One result for each tensor of the first list, laid out as that one.
+void logsumexp(Stack& stack) {
+  const auto& self = stack[0].toTensor();
+  auto dims = stack[1].toDimVector();
+  bool keep = stack[2].toBool();
+  bool whole = c10::isIntegralType(self.scalar_type(), /*includeBool=*/true);
+  auto dtype =
+      whole ? c10::get_default_dtype_as_scalartype() : self.scalar_type();
+  auto result = at::meta::sum(self, IntArrayRef(dims), keep, dtype);
+  give(stack, std::move(result));
+}
+
 void foreach_like_first(Stack& stack) {
   c10::List<Tensor> results;
   for (const auto& item : stack[0].toListRef()) {
@@ -219,6 +231,7 @@ const std::unordered_map<std::string, Rule>& rules() {
       {"aten::embedding", embedding},
       {"aten::embedding_dense_backward", embedding_dense_backward},
       {"aten::clone", clone},
+      {"aten::logsumexp", logsumexp},
       {"aten::view_copy", view_copy},
       {"aten::native_layer_norm", native_layer_norm},
       {"aten::native_dropout", native_dropout},

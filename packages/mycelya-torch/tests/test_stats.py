@@ -275,3 +275,17 @@ def test_to_cpu_async_of_a_dead_machine():
     with pytest.raises(mycelya_torch.MachineDiedError):
         future.result(30)
     machine.stop()
+
+
+@pytest.mark.parametrize("dims", [0, [-1], [0, 1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_logsumexp_of_a_new_shape_asks_nobody(machine, dims, dtype):
+    there = torch.arange(35).view(5, 7).to(dtype)
+    here = there.to(machine.device())
+    machine.reset_stats()
+    found = [torch.logsumexp(here, dims, keepdim) for keepdim in (False, True)]
+    assert machine.stats().round_trips == 0
+    for one, keepdim in zip(found, (False, True), strict=True):
+        want = torch.logsumexp(there, dims, keepdim)
+        assert (one.dtype, one.stride()) == (want.dtype, want.stride())
+        assert torch.equal(one.cpu(), want)
