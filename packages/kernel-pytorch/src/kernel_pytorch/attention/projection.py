@@ -88,7 +88,10 @@ def project_and_attend(
     elif chunk_size < 1:
         raise InvalidValue(f"chunk_size={chunk_size}", "it must be None or >= 1")
     scale = dim**-0.5 if scale is None else float(scale)
-    settings = _Settings(heads, kv_heads, laid, scale, chunk_size)
+    # Under no_grad a Function is still told that its inputs require gradients.
+    wanted = [t is not None and t.requires_grad for t in (x, *weights)]
+    training = torch.is_grad_enabled() and any(wanted)
+    settings = _Settings(heads, kv_heads, laid, scale, chunk_size, training)
     return _Layer.apply(settings, x, *weights)
 
 
@@ -98,6 +101,7 @@ class _Settings(NamedTuple):
     laid: LaidMask
     scale: float
     chunk: int
+    training: bool
 
 
 def _check(x: Tensor, weights: Projections, heads: int, kv_heads: int) -> None:
@@ -159,7 +163,7 @@ class _Layer(torch.autograd.Function):
         batch, length = x.shape[:2]
         k, v = _keys(x, w, settings)
         # Without a gradient to come, nothing but the result outlives its chunk.
-        training = any(ctx.needs_input_grad)
+        training = settings.training
         y = x.new_empty((batch, length, w.out.shape[0]))
         lse = x.new_empty((batch, settings.heads, length), dtype=lse_dtype(x))
         saved = x.new_empty((batch, length, w.q.shape[0])) if training else None
