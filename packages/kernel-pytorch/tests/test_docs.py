@@ -43,3 +43,15 @@ def test_ring_example_has_the_loss_of_one_process():
     assert len(losses[0]) == 2
     assert losses[0][1] < losses[0][0]
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+
+
+@pytest.mark.fast
+def test_long_document_example_equals_dense_attention():
+    command = [sys.executable, "examples/long_document.py", "--tokens", "6000"]
+    command += ["--window", "300"]
+    done = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (error,) = re.findall(r"from dense attention: (\S+)", done.stdout)
+    assert float(error) < 1e-4
+    (share,) = re.findall(r"([\d.]+) % of the blocks", done.stdout)
+    assert 4 < float(share) < 8
