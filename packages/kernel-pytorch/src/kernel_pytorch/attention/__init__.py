@@ -10,6 +10,7 @@ are the plans. Each takes a `MaskSpec`. `build_block_index` makes an index by a
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_sparse import block_sparse_attention
 from kernel_pytorch.attention.factory import create_ring_attention
+from kernel_pytorch.attention.huggingface import register_with_transformers
 from kernel_pytorch.attention.layers import RingAttentionLayer
 from kernel_pytorch.attention.layout import (
     shard_positions,
@@ -37,6 +38,7 @@ __all__ = [
     "merge_partials",
     "native_status",
     "partial_attention",
+    "register_with_transformers",
     "ring_attention",
     "ring_stats",
     "shard_positions",
