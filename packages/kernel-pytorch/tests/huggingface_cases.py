@@ -125,14 +125,13 @@ def run_refusals(group):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=60),
     )
     group = dist.group.WORLD
     report = {"errors": {}}

@@ -130,7 +130,7 @@ def describe(function: Callable) -> Described | None:
         return None
     found = {name: [value for n, value in parts if n == name] for name, _ in parts}
     causal = "causal" in found
-    # Keys later than i - w alone aren't a window of MaskSpec; below a diagonal they are.
+    # Keys later than i - w are a window of MaskSpec only where j <= i, too.
     if "after" in found and not causal:
         return None
     windows = found.get("after", []) + [w + 1 for w in found.get("near", [])]
@@ -248,7 +248,8 @@ def _parts(function: Callable) -> list[tuple[str, Any]] | None:
     if name is None:
         return None
     names = function.__code__.co_freevars
-    held = {n: c.cell_contents for n, c in zip(names, function.__closure__ or ())}
+    cells = function.__closure__ or ()
+    held = {n: c.cell_contents for n, c in zip(names, cells, strict=True)}
     if name == "and_masks":
         lists = [_parts(part) for part in held.get("mask_functions", (None,))]
         return None if None in lists else [p for part in lists for p in part or ()]
