@@ -115,8 +115,8 @@ def register_with_transformers(
         torch.Size([1, 100, 10])
     """
     probe = torch.zeros(1, 1, 1, 1)
-    options = {"sparsity_ratio": sparsity_ratio, "block_size": block_size}
-    options |= {"coverage": coverage, "pattern": pattern}
+    options: dict[str, Any] = {"sparsity_ratio": sparsity_ratio}
+    options |= {"block_size": block_size, "coverage": coverage, "pattern": pattern}
     build_block_index(probe, probe, **options)  # refuses what it can't use
     shard_length(1, 1, layout)
     _, _, world = resolve(group)
@@ -191,16 +191,8 @@ def _attention_function(plan: Callable[[Call], Tensor], sharded: bool) -> Callab
             )
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
-        shape = (*query.shape[:1], 1, query.shape[2], key.shape[2])
-        if not sharded:
-            _check_mask(attention_mask, shape)
-        elif position_bias is not None:
-            raise NotImplementedError("position_bias with a group: it has no shards")
-        spec, q_start = _spec(attention_mask, shape, is_causal, sliding_window)
-        spec = _with_documents(spec, rest, shape)
-        if position_bias is not None:
-            spec, q_start = _with_bias(spec, q_start, position_bias, shape), 0
-        out = _run(plan, query, key, value, spec, q_start, scaling, rest)
+        how = (is_causal, sliding_window, position_bias, scaling, rest)
+        out = _run(plan, sharded, query, key, value, attention_mask, *how)
         return out.transpose(1, 2).contiguous(), None
 
     return attention_function
@@ -289,17 +281,31 @@ def _with_bias(
     return MaskSpec(bias=bias + seen)
 
 
+# Plans ask masks for their values; in a compiled graph this is a break.
+@torch.compiler.disable
 def _run(
     plan: Callable[[Call], Tensor],
+    sharded: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spec: MaskSpec,
-    q_start: int,
+    mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    position_bias: Tensor | None,
     scale: float | None,
     rest: dict[str, Any],
 ) -> Tensor:
     """Run a plan with heads of one width and of one type."""
+    shape = (q.shape[0], 1, q.shape[2], k.shape[2])
+    if not sharded:
+        _check_mask(mask, shape)
+    elif position_bias is not None:
+        raise NotImplementedError("position_bias with a group: it has no shards")
+    spec, q_start = _spec(mask, shape, is_causal, window)
+    spec = _with_documents(spec, rest, shape)
+    if position_bias is not None:
+        spec, q_start = _with_bias(spec, q_start, position_bias, shape), 0
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if torch.is_autocast_enabled(q.device.type):
         kind = torch.get_autocast_dtype(q.device.type)

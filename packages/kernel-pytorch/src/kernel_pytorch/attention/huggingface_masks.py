@@ -42,6 +42,8 @@ class LazyMask(torch.Tensor):
 
     spec: MaskSpec
     q_start: int
+    # Else each result would be made a LazyMask.
+    # pyrefly: ignore [bad-override]
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -63,6 +65,7 @@ class LazyMask(torch.Tensor):
         super().__init__()
 
     @classmethod
+    # pyrefly: ignore [bad-override]  (a classmethod to torch, too)
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
@@ -155,56 +158,63 @@ def make_mask_function(own: Callable[[Tensor], bool] | None = None) -> Callable:
             The mask is the shard's own then, and of its keys alone.
     """
 
-    def mask_function(
-        *,
-        batch_size: int,
-        q_length: int,
-        kv_length: int,
-        q_offset: int | Tensor = 0,
-        kv_offset: int = 0,
-        mask_function: Callable,
-        attention_mask: Tensor | None = None,
-        device: torch.device | str = "cpu",
-        **rest: Any,
-    ) -> Tensor | None:
-        from transformers.masking_utils import sdpa_mask
+    def mask_function(**given: Any) -> Tensor | None:
+        if own is None and given["q_length"] == 1:
+            from transformers.masking_utils import sdpa_mask
 
-        given = dict(
-            rest,
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            device=device,
-        )
-        if own is None and q_length == 1:
             return sdpa_mask(**given)
-        known = None if torch.compiler.is_compiling() else describe(mask_function)
-        if known is None and own is not None:
-            name = getattr(mask_function, "__qualname__", mask_function)
-            raise NotImplementedError(
-                f"mask function {name} with a group: only causal, bidirectional and "
-                "sliding-window masks, and padding, are known on shards."
-            )
-        if known is None:
-            given |= {"allow_is_causal_skip": False}
-            return sdpa_mask(**given | {"allow_is_bidirectional_skip": False})
+        return _mask(own, **given)
+
+    return mask_function
+
+
+# Describing a mask asks for values; left out of a compiled graph, it stays lazy.
+@torch.compiler.disable
+def _mask(
+    own: Callable[[Tensor], bool] | None,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    use_vmap: bool = False,
+    **_: Any,
+) -> Tensor:
+    known, shape = describe(mask_function), (batch_size, 1, q_length, kv_length)
+    if known is not None:
         documents = known.documents
         if own is not None and known.positions is not None and own(known.positions):
             documents = None  # zigzag shards have a jump that isn't a new sequence
-        spec = MaskSpec(
-            known.causal,
-            known.window,
-            _padding(attention_mask, kv_length, kv_offset),
-            documents,
-        )
-        shape = batch_size, 1, q_length, kv_length
+        padding = _padding(attention_mask, kv_length, kv_offset)
+        spec = MaskSpec(known.causal, known.window, padding, documents)
         return LazyMask(spec, int(q_offset) - kv_offset, shape, device)
+    if own is not None:
+        name = getattr(mask_function, "__qualname__", mask_function)
+        raise NotImplementedError(
+            f"mask function {name} with a group: only causal, bidirectional and "
+            "sliding-window masks, and padding, are known on shards."
+        )
+    from transformers.masking_utils import sdpa_mask
 
-    return mask_function
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    assert mask is not None
+    return mask
 
 
 def _padding(mask: Tensor | None, length: int, offset: int) -> Tensor | None:
@@ -254,7 +264,7 @@ def _parts(function: Callable) -> list[tuple[str, Any]] | None:
         lists = [_parts(part) for part in held.get("mask_functions", (None,))]
         return None if None in lists else [p for part in lists for p in part or ()]
     if name == "remap_positions_for_packed_sequence":
-        inner, positions = _parts(held.get("mask_function")), held.get("position_ids")
+        inner, positions = _parts(held["mask_function"]), held.get("position_ids")
         return None if inner is None else [*inner, ("positions", positions)]
     of = {
         "sliding_window_overlay": ("after", "sliding_window"),
