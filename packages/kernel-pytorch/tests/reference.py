@@ -5,6 +5,7 @@ It shares no code with the package: masks are written out by their definition.
 """
 
 import torch
+from torch.nn.functional import linear
 
 
 def dense_mask(mask, batch, heads, q_len, k_len, q_positions=None, k_positions=None):
@@ -61,6 +62,27 @@ def dense_attention(q, k, v, mask=None, scale=None, q_positions=None, k_position
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse[..., None]) * alive
     return weights @ v, lse.masked_fill(~alive[..., 0], float("-inf"))
+
+
+def layer_reference(layer, x, mask, key=None, value=None):
+    """A layer's (output, lse) in float64, by its parameters."""
+    p = {name: value.double() for name, value in layer.named_parameters()}
+    key = x if key is None else key
+    value = key if value is None else value
+    inputs = {
+        "q": (x, layer.num_heads),
+        "k": (key, layer.num_kv_heads),
+        "v": (value, layer.num_kv_heads),
+    }
+    q, k, v = (
+        linear(t.double(), p[f"{n}_proj.weight"], p.get(f"{n}_proj.bias"))
+        .unflatten(-1, (count, -1))
+        .transpose(1, 2)
+        for n, (t, count) in inputs.items()
+    )
+    out, lse = dense_attention(q, k, v, mask)
+    out = out.transpose(1, 2).flatten(2)
+    return linear(out, p["out_proj.weight"], p.get("out_proj.bias")), lse
 
 
 def gradients(function, tensors, d_out, d_lse=None):

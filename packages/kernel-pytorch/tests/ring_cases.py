@@ -14,15 +14,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from reference import dense_attention, gradients, mask_parts
+from reference import dense_attention, gradients, layer_reference, mask_parts
 
-from kernel_pytorch.attention.context_parallel import (
-    context_parallel_attention,
-    gather_sequence,
-    scatter_sequence,
-    shard_mask,
-    sum_gradients,
-)
+from kernel_pytorch.attention import ContextParallelAttention
+from kernel_pytorch.attention.context_parallel import context_parallel_attention
 from kernel_pytorch.attention.layout import (
     shard_length,
     shard_positions,
@@ -35,7 +30,8 @@ from kernel_pytorch.attention.ring import ring_attention, ring_stats, ring_with_
 from kernel_pytorch.attention.shards import ShardPlan
 
 RANKS = 4
-TIMEOUT = 20
+MEMBERS = {"1": [1], "2": [3, 1], "3": [0, 1, 2], "4": [0, 1, 2, 3]}
+TIMEOUT = 60
 SHORT, LONG = (1, 7, 64, 130), (1000,)
 LONG_KINDS = ("none", "causal", "causal_window", "causal_padding", "everything")
 
@@ -68,11 +64,11 @@ def cut_parts(parts, rank, world, layout):
 
 
 @functools.cache
-def whole(case):
+def whole(case, batch=2):
     """Inputs of a case, and what one device makes of them in float64."""
     _, n, kind, heads, dtype, _, with_lse = case
     torch.manual_seed(n)
-    batch, dim = 2, 8
+    dim = 8
     q, d_out = (torch.randn(batch, heads[0], n, dim).to(dtype) for _ in range(2))
     k, v = (torch.randn(batch, heads[1], n, dim).to(dtype) for _ in range(2))
     d_lse = torch.randn(batch, heads[0], n) if with_lse else None
@@ -83,11 +79,11 @@ def whole(case):
     return (q, k, v), d_out, d_lse, parts, wanted
 
 
-def run_case(case, group):
+def run_case(case, group, prepared=None):
     """Return the largest error of out, lse and gradients, each relative to its size."""
     n, layout = case[1], case[5]
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    tensors, d_out, d_lse, parts, wanted = whole(case)
+    tensors, d_out, d_lse, parts, wanted = prepared or whole(case)
     mask = cut_parts(parts, rank, world, layout)
 
     def cut(t):
@@ -197,39 +193,84 @@ def run_sharding(group):
     return True
 
 
-def run_context(group, n=37, width=16, heads=4):
-    """Return the largest difference of a layer over ranks from one on one device."""
-    worst = 0.0
-    for kind in ("none", "causal_window", "causal_padding", "everything"):
+def run_layer(group, n=37, width=16, heads=4):
+    """Return the largest error of ContextParallelAttention over ranks.
+
+    With whole sequences each rank has all gradients; with shards it has its part of
+    the parameters' gradients, which are summed here.
+    """
+    worst, layout = 0.0, "zigzag"
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    for kind, causal in (("none", False), ("padding", True), ("float_bias", False)):
         parts = mask_parts(2, heads, n)[kind]
-        found = []
-        for where in (group, None):
+        given = next(iter(parts.values()), None)
+        for inputs in ("full", "sharded"):
             torch.manual_seed(1)
-            weights = [torch.randn(width, width) / 4 for _ in range(4)]
+            options = {"num_kv_heads": 2, "bias": True, "causal": causal}
+            layer = ContextParallelAttention(
+                width, heads, world, group, inputs=inputs, **options
+            )
+            assert layer.mode == "distributed"
             x = torch.randn(2, n, width, requires_grad=True)
-            weights = [w.requires_grad_() for w in weights]
-            y = context_layer(x, weights, heads, MaskSpec(**parts), where)
-            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-            found.append([y.detach(), x.grad, *(w.grad for w in weights)])
-        for a, b in zip(*found, strict=True):
-            size = max(1.0, b.abs().max().item())
-            worst = max(worst, (a - b).abs().max().item() / size)
+            d_out = torch.randn(2, n, width)
+            want, _ = layer_reference(layer, x, MaskSpec(causal, **parts))
+            leaves = [x, *layer.parameters()]
+            expected = torch.autograd.grad(want, leaves, d_out.double())
+            if inputs == "full":
+                y = layer(x, given)
+                found = torch.autograd.grad(y, leaves, d_out)
+            else:
+
+                def cut(t, dim=1):
+                    return take_shard(t, dim, rank, world, layout)
+
+                mask = None if given is None else cut(given, given.ndim - 2)
+                mask = cut(given) if kind == "padding" else mask
+                y = layer(cut(x), mask, total_length=n)
+                grads = list(torch.autograd.grad(y, leaves, cut(d_out)))
+                for grad in grads:
+                    dist.all_reduce(grad, group=group)
+                y = unshard_sequence(y, 1, group, layout, n)
+                found = grads
+            pairs = zip([y.detach(), *found], [want, *expected], strict=True)
+            for one, other in pairs:
+                size = max(1.0, other.abs().max().item())
+                worst = max(worst, (one - other).abs().max().item() / size)
     return worst
 
 
-def context_layer(x, weights, heads, mask, group, layout="zigzag"):
-    n = x.shape[1]
-    part = scatter_sequence(x, 1, group, layout)
-    weights = [sum_gradients(w, group) for w in weights]
+def run_layer_refusals(group):
+    """Return what this rank is told of a length, and of a size, that don't fit."""
+    told = []
+    for size, odd in ((RANKS, 1), (RANKS + 1, 0)):
+        try:
+            layer = ContextParallelAttention(8, 2, size, group)
+            layer(torch.randn(1, 9 + odd * dist.get_rank(group), 8))
+            told.append("nothing raised")
+        except ValueError as error:
+            told.append(str(error))
+    return told
 
-    def project(w):
-        return (part @ w.T).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    q, k, v = (project(w) for w in weights[:3])
-    own = shard_mask(mask, n, group, layout)
-    out = ring_attention(q, k, v, own, group=group, layout=layout, total_length=n)
-    y = out.transpose(1, 2).flatten(2) @ weights[3].T
-    return gather_sequence(y, 1, group, layout, n)
+def prepare_long(folder, n=4096):
+    """Compute what ranks compare long sequences with, once for all of them."""
+    found = {}
+    for kind in ("none", "causal", "causal_window", "causal_padding"):
+        case = (kind, n, kind, (2, 1), torch.float32, "zigzag", False)
+        found[kind] = whole(case, batch=1)
+        whole.cache_clear()
+    torch.save(found, Path(folder, "long.pt"))
+
+
+def run_long(group, folder):
+    """Return the largest error with 4096 tokens, by mask."""
+    found = torch.load(Path(folder, "long.pt"), weights_only=True)
+    return {
+        kind: run_case(
+            (kind, 4096, kind, (2, 1), torch.float32, "zigzag", False), group, parts
+        )
+        for kind, parts in found.items()
+    }
 
 
 def run_whole_attention(group):
@@ -285,7 +326,8 @@ def run_death(group):
     return told, time.monotonic() - begin
 
 
-def worker(rank, folder):
+def start(rank, folder):
+    """Join the other ranks; return groups of one to four of them, by size."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -295,10 +337,25 @@ def worker(rank, folder):
         world_size=RANKS,
         timeout=timedelta(seconds=TIMEOUT),
     )
-    members = {"1": [1], "2": [3, 1], "3": [0, 1, 2], "4": [0, 1, 2, 3]}
-    groups = {name: dist.new_group(ranks) for name, ranks in members.items()}
-    report = {"errors": {}, "stats": {}, "context": {}}
-    for name, ranks in members.items():
+    return {name: dist.new_group(ranks) for name, ranks in MEMBERS.items()}
+
+
+def long_worker(rank, folder):
+    groups = start(rank, folder)
+    found = {
+        name: run_long(groups[name], folder)
+        for name, ranks in MEMBERS.items()
+        if rank in ranks
+    }
+    write(folder, rank, found)
+    dist.barrier()
+    os._exit(0)
+
+
+def worker(rank, folder):
+    groups = start(rank, folder)
+    report = {"errors": {}, "stats": {}, "layer": {}}
+    for name, ranks in MEMBERS.items():
         if rank not in ranks:
             continue
         group = groups[name]
@@ -306,8 +363,9 @@ def worker(rank, folder):
             report["errors"][f"P{name}-{case[0]}"] = run_case(case, group)
         report["stats"][name] = run_stats(group, 480)
         run_sharding(group)
-        report["context"][name] = run_context(group)
+        report["layer"][name] = run_layer(group)
     report["whole"] = run_whole_attention(groups["4"])
+    report["refusals"] = run_layer_refusals(groups["4"])
     report["disagreements"] = run_disagreements(groups["4"])
     write(folder, rank, report)
     dist.barrier()

@@ -23,13 +23,11 @@ from kernel_pytorch.attention.shards import ShardPlan
 WORLDS = ("1", "2", "3", "4")
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """Run all ranks once; a report for each, with rank 2's from before its death."""
-    folder = tmp_path_factory.mktemp("ring")
+def run_ranks(folder, work, exits):
+    """Run ``work`` in one process for each rank; the report of each."""
     context = mp.get_context("spawn")
     processes = [
-        context.Process(target=ring_cases.worker, args=(rank, str(folder)))
+        context.Process(target=work, args=(rank, str(folder)))
         for rank in range(ring_cases.RANKS)
     ]
     for process in processes:
@@ -38,11 +36,18 @@ def reports(tmp_path_factory):
         process.join(timeout=240)
         if process.is_alive():
             process.kill()
-    assert [p.exitcode for p in processes] == [0, 0, 7, 0]
+    assert [p.exitcode for p in processes] == exits
     return [
         json.loads((folder / f"rank{rank}.json").read_text())
         for rank in range(ring_cases.RANKS)
     ]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Run all ranks once; a report for each, with rank 2's from before its death."""
+    folder = tmp_path_factory.mktemp("ring")
+    return run_ranks(folder, ring_cases.worker, [0, 0, 7, 0])
 
 
 @pytest.mark.critical
@@ -130,9 +135,29 @@ def test_ranks_that_disagree_raise_the_same_error(reports, name, told):
 @pytest.mark.critical
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_layer_over_ranks_has_one_devices_gradients(reports, world):
-    errors = [r["context"][world] for r in reports if world in r["context"]]
+    errors = [r["layer"][world] for r in reports if world in r["layer"]]
     assert len(errors) == int(world)
     assert max(errors) <= 1e-5
+
+
+@pytest.mark.slow
+def test_long_sequences(tmp_path):
+    ring_cases.prepare_long(tmp_path)
+    found = run_ranks(tmp_path, ring_cases.long_worker, [0, 0, 0, 0])
+    for world in WORLDS:
+        errors = [report[world] for report in found if world in report]
+        assert len(errors) == int(world)
+        assert {len(error) for error in errors} == {4}
+        assert max(max(error.values()) for error in errors) <= 1e-5
+
+
+@pytest.mark.critical
+def test_a_layer_refuses_on_all_ranks_alike(reports):
+    for told in zip(*(report["refusals"] for report in reports), strict=True):
+        assert len(set(told)) == 1
+    lengths, size = reports[0]["refusals"]
+    assert "disagree on tokens: rank 0 has 9, rank 1 has 10" in lengths
+    assert "context_parallel_size=5: the process group has 4 ranks" in size
 
 
 @pytest.mark.critical

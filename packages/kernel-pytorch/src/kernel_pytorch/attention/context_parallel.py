@@ -11,6 +11,7 @@ of devices. `place` says which of the two it is.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -125,27 +126,54 @@ def context_parallel_attention(
         >>> context_parallel_attention(q, q, q, group=None).shape
         torch.Size([1, 2, 5, 8])
     """
-    group, _, world = resolve(group)
 
-    def local() -> dict[str, Any]:
+    def local() -> int:
         check_qkv(q, k, v)
         lay_mask(mask, q, k)
         if q.shape[2] != k.shape[2]:
             why = "queries and keys must be of one sequence"
             raise InvalidValue(f"q has {q.shape[2]} tokens, k {k.shape[2]}", why)
-        shard_length(q.shape[2], world, layout)
-        return {"tokens": q.shape[2], "layout": layout}
+        return q.shape[2]
 
-    # Cutting a shard may fail on one rank only, which the others must learn.
-    if world > 1 and str(dist.get_backend(group)) != "nccl":
-        agree(group, world, ("tokens", "layout"), local)
-    else:
-        local()
-    length = q.shape[2]
+    length = agree_on_length(group, layout, local)
     q, k, v = (scatter_sequence(t, 2, group, layout) for t in (q, k, v))
     mask = None if mask is None else shard_mask(mask, length, group, layout)
     out, _ = ring_with_lse(q, k, v, mask, group, layout, scale, length)
     return gather_sequence(out, 2, group, layout, length)
+
+
+def agree_on_length(group: Any, layout: str, local: Callable[[], int]) -> int:
+    """Check this rank's arguments by ``local``, and that all ranks have one length.
+
+    Cutting a shard may fail on one rank only, which the others must learn before they
+    wait for it. On NCCL, where that costs a wait for the device, only ``local`` runs.
+
+    Args:
+        group: ProcessGroup, 1-D DeviceMesh, or None for one device.
+        layout: ``"zigzag"`` or ``"contiguous"``.
+        local: Raises if this rank's arguments are unusable; returns the tokens.
+
+    Returns:
+        The tokens of the whole sequence.
+
+    Raises:
+        InvalidValue: ``local`` raised on some rank, or lengths differ; the same message
+            on all ranks.
+
+    Example:
+        >>> agree_on_length(None, "zigzag", lambda: 37)
+        37
+    """
+    group, _, world = resolve(group)
+
+    def values() -> dict[str, Any]:
+        length = local()
+        shard_length(length, world, layout)
+        return {"tokens": length, "layout": layout}
+
+    if world > 1 and str(dist.get_backend(group)) != "nccl":
+        return agree(group, world, ("tokens", "layout"), values)["tokens"]
+    return values()["tokens"]
 
 
 def scatter_sequence(x: Tensor, dim: int, group: Any, layout: str) -> Tensor:

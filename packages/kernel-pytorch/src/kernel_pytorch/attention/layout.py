@@ -116,6 +116,12 @@ def resolve(group: Any) -> tuple[Any, int, int]:
     return group, rank, dist.get_world_size(group)
 
 
+def check_layout(layout: str) -> None:
+    """Raise InvalidValue unless ``layout`` is known."""
+    if layout not in LAYOUTS:
+        raise InvalidValue(f"layout={layout!r}", f"it must be one of {LAYOUTS}")
+
+
 def shard_length(total_length: int, world: int, layout: str) -> int:
     """Return the length of one shard, padding included.
 
@@ -123,8 +129,7 @@ def shard_length(total_length: int, world: int, layout: str) -> int:
         >>> shard_length(10, 4, "zigzag"), shard_length(10, 4, "contiguous")
         (4, 3)
     """
-    if layout not in LAYOUTS:
-        raise InvalidValue(f"layout={layout!r}", f"it must be one of {LAYOUTS}")
+    check_layout(layout)
     if layout == "zigzag":
         return 2 * -(-total_length // (2 * world))
     return -(-total_length // world)

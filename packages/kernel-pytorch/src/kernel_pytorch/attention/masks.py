@@ -232,6 +232,8 @@ class LaidMask:
 
     def by_position(self, rows: Positions, columns: Positions) -> Tile | None:
         """EMPTY, FULL, or None for mixed, from causal and window alone."""
+        if not len(rows) or not len(columns):
+            return EMPTY
         low, high = self.span
         (q_min, q_max), (k_min, k_max) = _ends(rows), _ends(columns)
         least, most = q_min - k_max, q_max - k_min

@@ -47,8 +47,20 @@ class SparsePattern(enum.Enum):
     DYNAMIC_THRESHOLD = "dynamic_threshold"
     LEARNED = "learned"
 
+    @property
+    def by_content(self) -> bool:
+        """Whether queries and keys are looked at, not positions alone."""
+        return self in (SparsePattern.DYNAMIC_THRESHOLD, SparsePattern.LEARNED)
 
-_CONTENT = (SparsePattern.DYNAMIC_THRESHOLD, SparsePattern.LEARNED)
+    @classmethod
+    def of(cls, value: SparsePattern | str) -> SparsePattern:
+        """Return the member, or that of a value; raise InvalidValue naming all."""
+        try:
+            return cls(value)
+        except ValueError:
+            valid = ", ".join(repr(member.value) for member in cls)
+            why = f"it must be of {valid}"
+            raise InvalidValue(f"pattern={value!r}", why) from None
 
 
 @torch.no_grad()
@@ -114,10 +126,10 @@ def build_block_index(
         ([[[1, 1, 2, 2, 2, 3, 4, 4]]], [4, 5, 6, 7])
     """
     check_choice(q, k, sparsity_ratio, block_size, coverage)
-    pattern = _member(pattern)
+    pattern = SparsePattern.of(pattern)
     _check_options(pattern, coverage, window_blocks, global_blocks, stride, gate)
     mask = MaskSpec() if mask is None else mask
-    if pattern in _CONTENT:
+    if pattern.by_content:
         return select_blocks(
             q,
             k,
@@ -219,14 +231,6 @@ def _local_global(
     return kept if causal else kept | (seen & (rows < global_blocks)[:, None])
 
 
-def _member(pattern: SparsePattern | str) -> SparsePattern:
-    try:
-        return SparsePattern(pattern)
-    except ValueError:
-        valid = ", ".join(repr(member.value) for member in SparsePattern)
-        raise InvalidValue(f"pattern={pattern!r}", f"it must be of {valid}") from None
-
-
 def _check_options(
     pattern: SparsePattern,
     coverage: float | None,
@@ -242,7 +246,7 @@ def _check_options(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InvalidValue(f"{name}={value!r}", f"it must be an int >= {least}")
-    if coverage is not None and pattern not in _CONTENT:
+    if coverage is not None and not pattern.by_content:
         why = f"{pattern.name} estimates no mass; DYNAMIC_THRESHOLD and LEARNED do"
         raise InvalidValue(f"coverage={coverage!r}", why)
     if gate is not None and pattern is not SparsePattern.LEARNED:

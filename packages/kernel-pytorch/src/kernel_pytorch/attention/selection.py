@@ -237,6 +237,11 @@ def check_choice(
 ) -> None:
     """Raise InvalidValue unless shapes fit and numbers are in their ranges."""
     check_qkv(q, k, k)
+    check_sparsity(ratio, block_size, coverage)
+
+
+def check_sparsity(ratio: float, block_size: int, coverage: float | None) -> None:
+    """Raise InvalidValue unless the numbers are in their ranges."""
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
         raise InvalidValue(f"sparsity_ratio={ratio!r}", "it must be in [0, 0.95]")
     if not 0 <= ratio <= 0.95:

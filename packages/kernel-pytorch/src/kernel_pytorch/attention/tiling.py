@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
 
 class Work:
-    """Counts the query-key pairs of all calls run while it is active.
+    """Counts the query-key pairs of all calls while it is active; names the kernels.
 
     Example:
         >>> with counting() as work:
@@ -59,9 +59,11 @@ class Work:
     def __init__(self) -> None:
         self.pairs = 0.0
         self.calls = 0
+        self.backends: set[str] = set()
 
-    def add(self, call: Call) -> None:
+    def add(self, call: Call, backend: str) -> None:
         """Count one call; a diagonal one computes half of its square."""
+        self.backends.add(backend)
         pairs = (call.q1 - call.q0) * (call.k1 - call.k0)
         self.pairs += pairs / 2 if call.diagonal else pairs
         self.calls += 1
@@ -229,10 +231,10 @@ def _rows_forward(
 ) -> tuple[Tensor, Tensor]:
     out = lse = None
     for call in calls:
-        for work in _active:
-            work.add(call)
         keys = slice(call.k0, call.k1)
         block = Block(scale, call.diagonal, call.tile, strict)
+        for work in _active:
+            work.add(call, backend_of(q, k, block))
         part = block_forward(q, k[:, :, keys], v[:, :, keys], block)
         if out is None or lse is None:
             out, lse = part
@@ -254,7 +256,7 @@ def _call_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     for work in _active:
-        work.add(call)
+        work.add(call, backend_of(q, k, block))
     keys = slice(call.k0, call.k1)
     saved = (q, k[:, :, keys], v[:, :, keys], out, lse)
     return block_backward(d_out, d_lse, saved, block)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.functional import linear
 
 from kernel_pytorch.attention import (
     MaskSpec,
@@ -16,24 +15,9 @@ from kernel_pytorch.attention import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reference import dense_attention
+from reference import layer_reference as reference
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def reference(layer, x, mask):
-    """The layer in float64, by its parameters."""
-    p = {name: value.double() for name, value in layer.named_parameters()}
-    heads = {"q": layer.num_heads, "k": layer.num_kv_heads, "v": layer.num_kv_heads}
-    q, k, v = (
-        linear(x.double(), p[f"{n}_proj.weight"], p.get(f"{n}_proj.bias"))
-        .unflatten(-1, (count, -1))
-        .transpose(1, 2)
-        for n, count in heads.items()
-    )
-    out, lse = dense_attention(q, k, v, mask)
-    out = out.transpose(1, 2).flatten(2)
-    return linear(out, p["out_proj.weight"], p.get("out_proj.bias")), lse
 
 
 @pytest.fixture

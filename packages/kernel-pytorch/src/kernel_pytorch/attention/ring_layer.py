@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention layers: projections around a plan.
+"""RingAttentionLayer: exact attention, streamed on one device or over a ring of ranks.
 
 Decisions:
-- Without a group a layer runs on one device, streamed by chunk, also where
+- Without a group the layer runs on one device, streamed by chunk, also where
   torch.distributed is initialised: an implicit group would break data parallelism.
 - Under autocast, projections and attention run in the autocast type as a whole.
 """
@@ -12,18 +12,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 
-from kernel_pytorch.attention.layout import resolve
+from kernel_pytorch.attention.layer_base import (
+    ProjectedAttention,
+    check_count,
+    join_heads,
+    split_heads,
+)
+from kernel_pytorch.attention.layout import check_layout, resolve
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.projection import Projections, project_and_attend
 from kernel_pytorch.attention.ring import ring_with_lse
 from torchworks_core.errors import InvalidValue
 
-_LAYOUTS = ("zigzag", "contiguous")
 
-
-class RingAttentionLayer(nn.Module):
+class RingAttentionLayer(ProjectedAttention):
     """Exact self-attention over long sequences, on one device or a ring of ranks.
 
     Args:
@@ -33,6 +38,7 @@ class RingAttentionLayer(nn.Module):
         device: Of the parameters; None takes the default device where it is not the
             CPU, else the first CUDA device, else the CPU.
         num_kv_heads: Heads of keys and values; None is ``num_heads``.
+        head_dim: Width of a head; None is ``d_model // num_heads``.
         bias: Whether the four projections have one.
         causal: Whether queries see no later keys.
         window: w: keys with |i - j| < w are seen.
@@ -59,6 +65,7 @@ class RingAttentionLayer(nn.Module):
         device: torch.device | str | None = None,
         *,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         bias: bool = False,
         causal: bool = False,
         window: int | None = None,
@@ -67,25 +74,23 @@ class RingAttentionLayer(nn.Module):
         chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_heads(d_model, num_heads, kv_heads)
-        _check_length(max_sequence_length, "max_sequence_length")
+        check_count(max_sequence_length, "max_sequence_length")
         if chunk_size is not None:
-            _check_length(chunk_size, "chunk_size")
-        if layout not in _LAYOUTS:
-            raise InvalidValue(f"layout={layout!r}", f"it is one of {_LAYOUTS}")
-        MaskSpec(causal=causal, window=window)  # refuses what it can't honour
-        self.num_heads, self.num_kv_heads = num_heads, kv_heads
-        self.max_sequence_length = max_sequence_length
-        self.causal, self.window, self.chunk_size = causal, window, chunk_size
-        self.group, self.layout = group, layout
-        place = {"device": _device(device), "dtype": dtype}
-        width = d_model // num_heads * kv_heads
-        self.q_proj = nn.Linear(d_model, d_model, bias, **place)
-        self.k_proj = nn.Linear(d_model, width, bias, **place)
-        self.v_proj = nn.Linear(d_model, width, bias, **place)
-        self.out_proj = nn.Linear(d_model, d_model, bias, **place)
+            check_count(chunk_size, "chunk_size")
+        check_layout(layout)
+        super().__init__(
+            d_model,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            bias=bias,
+            causal=causal,
+            window=window,
+            max_sequence_length=max_sequence_length,
+            device=_device(device),
+            dtype=dtype,
+        )
+        self.chunk_size, self.group, self.layout = chunk_size, group, layout
 
     def forward(
         self,
@@ -112,8 +117,8 @@ class RingAttentionLayer(nn.Module):
         Raises:
             InvalidValue: shapes don't fit, or the sequence is too long.
         """
-        self._check_input(hidden_states, total_length)
-        mask = _mask_of(hidden_states, attention_mask, self.causal, self.window)
+        self._check_length(hidden_states, total_length)
+        mask = self.mask_of(attention_mask, *hidden_states.shape[:2])
         x, weights = hidden_states, self._weights()
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
@@ -135,65 +140,19 @@ class RingAttentionLayer(nn.Module):
         if self.group is None:
             options = {"chunk_size": self.chunk_size}
             return project_and_attend(x, w, heads, kv_heads, mask, **options)
-        linear = nn.functional.linear
-        q, k, v = (
-            linear(x, weight, bias).unflatten(-1, (count, -1)).transpose(1, 2)
-            for weight, bias, count in (
-                (w.q, w.q_bias, heads),
-                (w.k, w.k_bias, kv_heads),
-                (w.v, w.v_bias, kv_heads),
-            )
-        )
+        q = split_heads(linear(x, w.q, w.q_bias), heads)
+        k = split_heads(linear(x, w.k, w.k_bias), kv_heads)
+        v = split_heads(linear(x, w.v, w.v_bias), kv_heads)
         where = (self.group, self.layout, None, total_length)
         out, lse = ring_with_lse(q, k, v, mask, *where)
-        return linear(out.transpose(1, 2).flatten(2), w.out, w.out_bias), lse
+        return linear(join_heads(out), w.out, w.out_bias), lse
 
-    def _check_input(self, x: Tensor, total_length: int | None) -> None:
-        width = self.q_proj.in_features
-        if x.ndim != 3 or x.shape[2] != width:
-            why = f"it must be [batch, tokens, {width}]"
-            raise InvalidValue(f"hidden_states {tuple(x.shape)}", why)
+    def _check_length(self, x: Tensor, total_length: int | None) -> None:
         if self.group is None and total_length is not None:
             why = "a layer without a group sees the whole sequence"
             raise InvalidValue(f"total_length={total_length}", why, "Leave it out")
-        whole = total_length or x.shape[1] * resolve(self.group)[2]
-        if whole > self.max_sequence_length:
-            why = f"max_sequence_length is {self.max_sequence_length}"
-            raise InvalidValue(
-                f"{whole} tokens", why, "Make the layer with a higher one"
-            )
-
-
-def _mask_of(
-    x: Tensor, given: Tensor | None, causal: bool, window: int | None
-) -> MaskSpec:
-    if given is None:
-        return MaskSpec(causal=causal, window=window)
-    if given.ndim > 2:
-        bias = given if given.is_floating_point() else given.bool()
-        bias = bias.unsqueeze(1) if bias.ndim == 3 else bias
-        return MaskSpec(causal=causal, window=window, bias=bias)
-    if given.shape != x.shape[:2]:
-        why = f"two dimensions are [batch, tokens] = {tuple(x.shape[:2])}"
-        raise InvalidValue(f"attention_mask {tuple(given.shape)}", why)
-    return MaskSpec(causal=causal, window=window, key_padding=given != 0)
-
-
-def _check_heads(d_model: int, num_heads: int, kv_heads: int) -> None:
-    for name, value in (("d_model", d_model), ("num_heads", num_heads)):
-        _check_length(value, name)
-    if d_model % num_heads:
-        raise InvalidValue(
-            f"d_model={d_model}", f"num_heads={num_heads} must divide it"
-        )
-    if kv_heads < 1 or num_heads % kv_heads:
-        why = f"num_kv_heads={kv_heads} must divide it"
-        raise InvalidValue(f"num_heads={num_heads}", why)
-
-
-def _check_length(value: object, name: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidValue(f"{name}={value!r}", "it must be an integer >= 1")
+        shard = x.shape[1] if x.ndim == 3 else 0
+        self.check_input(x, total_length or shard * resolve(self.group)[2])
 
 
 def _device(given: torch.device | str | None) -> torch.device:
