@@ -2,6 +2,8 @@
 """The learned gate against masses written out here, and what training may change."""
 
 import copy
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,7 +165,7 @@ def test_distilling_finds_what_the_sample_cannot_see():
     assert len(losses) == 200
     assert losses[-1] < 0.7 * losses[0], losses[::20]
     assert after > before + 0.05, (before, after)
-    assert after > 0.9
+    assert after > 0.85
     assert layer.gate.trained
 
 
@@ -232,6 +234,26 @@ def test_state_travels():
     assert not other.gate(*other.project(x)[:2]).any()
 
 
+def test_types_and_modes():
+    x = blind_batch(128)
+    wanted = distill_gate(blind_seeded(), [x], steps=4)
+    with torch.inference_mode():
+        assert distill_gate(blind_seeded(), [x.clone()], steps=4) == wanted
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distill_gate(blind_seeded(), [x], steps=4)
+    assert found == pytest.approx(wanted, rel=0.05)
+    layer = blind_seeded().bfloat16()
+    found = distill_gate(layer, [x.bfloat16()], steps=4)
+    assert found == pytest.approx(wanted, rel=0.05)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def blind_seeded():
+    torch.manual_seed(1)
+    with torch.inference_mode(False):
+        return blind_layer()
+
+
 def test_errors_name_the_value():
     x = torch.zeros(1, 8, 16)
     layer = blind_layer()
@@ -252,3 +274,14 @@ def test_errors_name_the_value():
     q = torch.zeros(1, 2, 64, 8)
     with pytest.raises(ValueError, match=r"block logits of shape \(1, 2, 4, 4\)"):
         build_block_index(q, q, "learned", gate=gate, block_size=32)
+
+
+def test_example_runs():
+    command = [sys.executable, "examples/distill_gate.py", "--tokens", "128"]
+    for name in ("steps", "gate-steps", "layers", "batch", "threads"):
+        command += [f"--{name}", "1"]
+    folder = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"(\w+): cross entropy ([\d.]+)", done.stdout)
+    assert [name for name, _ in told] == ["dense", "untrained", "distilled"]

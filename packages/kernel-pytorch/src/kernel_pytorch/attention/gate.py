@@ -158,8 +158,8 @@ def true_block_mass(q: Tensor, k: Tensor, mask: MaskSpec, block_size: int) -> Te
 
     Returns:
         [B, H, Tq, Tk], float32 (float64 for float64), the mean over the queries of a
-        block that see a key; a row sums to 1, or to 0 if none does. No tensor of the
-        size Nq * Nk is made.
+        block that see a key; a row sums to 1, or to 0 if none does. Queries are taken
+        in chunks, so that memory doesn't grow with Nq * Nk.
 
     Example:
         >>> q = torch.zeros(1, 1, 4, 2)
@@ -180,7 +180,8 @@ def true_block_mass(q: Tensor, k: Tensor, mask: MaskSpec, block_size: int) -> Te
         if tile is EMPTY:
             continue
         picked = (q[:, :, q0:q1].to(kind) * scale).reshape(batch, groups, -1, dim)
-        logits = (picked @ k[..., first:end]).view(batch, heads, q1 - q0, -1)
+        logits = (picked @ k[..., first:end]).to(kind)
+        logits = logits.view(batch, heads, q1 - q0, -1)
         if isinstance(tile, Tensor):
             seen = tile if tile.dtype == torch.bool else tile != -INF
             logits = logits if tile is seen else logits + tile
@@ -283,12 +284,12 @@ def _lesson(
     layer.check_input(x, x.shape[1] if x.ndim == 3 else 0)
     q, k, _ = layer.project(x)
     mask = layer.mask_of(given, *x.shape[:2])
-    target = true_block_mass(q, k, mask, size)
-    content = _content(q, k, mask, size)
+    # Autocast is for the layer; shares of less than a percent need more than bfloat16.
+    with torch.autocast(q.device.type, enabled=False):
+        target, content = true_block_mass(q, k, mask, size), _content(q, k, mask, size)
     # As the selection clamps it.
     content = content.clamp_min(torch.finfo(content.dtype).tiny).log()
-    seen = admissible_blocks(q, k, mask, size)
-    content = content.masked_fill(~seen, -INF)
+    content = content.masked_fill(~admissible_blocks(q, k, mask, size), -INF)
     return _Lesson(pooled(q, size), pooled(k, size), content, target)
 
 
