@@ -21,6 +21,8 @@ from kernel_pytorch.attention.factory import (
     create_sparse_attention,
 )
 from kernel_pytorch.attention.flash_layer import FlashAttention3
+from kernel_pytorch.attention.gate import BlockGate, distill_gate
+from kernel_pytorch.attention.huggingface import register_with_transformers
 from kernel_pytorch.attention.layout import (
     shard_positions,
     shard_sequence,
@@ -39,6 +41,7 @@ from kernel_pytorch.attention.streaming import attention
 __all__ = [
     "AttentionConfig",
     "AttentionPatterns",
+    "BlockGate",
     "BlockIndex",
     "ContextParallelAttention",
     "DynamicSparseAttention",
@@ -57,9 +60,11 @@ __all__ = [
     "create_context_parallel_attention",
     "create_ring_attention",
     "create_sparse_attention",
+    "distill_gate",
     "merge_partials",
     "native_status",
     "partial_attention",
+    "register_with_transformers",
     "ring_attention",
     "ring_stats",
     "shard_positions",

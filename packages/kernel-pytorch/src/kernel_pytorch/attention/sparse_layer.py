@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_sparse import block_sparse_attention, kernel_for
+from kernel_pytorch.attention.gate import BlockGate
 from kernel_pytorch.attention.layer_base import ProjectedAttention
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.patterns import SparsePattern, build_block_index
@@ -140,6 +141,15 @@ class DynamicSparseAttention(ProjectedAttention):
         self.block_size, self.coverage = block_size, coverage
         self.remainder, self.seed = remainder, seed
         self._ran: _Ran | None = None
+        self.gate: BlockGate | None = None
+        if pattern is SparsePattern.LEARNED:
+            self.gate = BlockGate(
+                self.head_dim,
+                num_heads,
+                block_size=block_size,
+                device=device,
+                dtype=dtype,
+            )
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None
@@ -205,10 +215,10 @@ class DynamicSparseAttention(ProjectedAttention):
         mask = self.mask_of(attention_mask, *x.shape[:2])
         return *self.project(x), mask
 
+    @torch.no_grad()
     def _choose(
         self, q: Tensor, k: Tensor, mask: MaskSpec
     ) -> tuple[BlockIndex, Tensor | None]:
-        q, k = q.detach(), k.detach()
         if self.pattern.by_content:
             found = select_blocks(
                 q,
@@ -217,6 +227,7 @@ class DynamicSparseAttention(ProjectedAttention):
                 sparsity_ratio=self.sparsity_ratio,
                 block_size=self.block_size,
                 coverage=self.coverage,
+                block_logits=None if self.gate is None else self.gate(q, k),
             )
             return found.index, found.missed_mass
         generator = None
