@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from tools.tour import experts_row, fusion_row, measures, mycelya_row
+from tools.tour import experts_row, fusion_row, kernel_row, measures, mycelya_row
 from tools.tour.corpus import Corpus, cut_test_windows, load_corpus
 from tools.tour.experts import prepare_experts
 from tools.tour.report import write_report
@@ -26,7 +26,12 @@ from tools.tour.training import WINDOW, Settings
 from torchworks_core.bench import machine
 
 HERE = Path(__file__).parent
-CHAPTERS = (experts_row.chapter, fusion_row.chapter, mycelya_row.chapter)
+CHAPTERS = (
+    experts_row.chapter,
+    fusion_row.chapter,
+    kernel_row.chapter,
+    mycelya_row.chapter,
+)
 TEST_WINDOWS = 128
 
 
