@@ -83,7 +83,11 @@ def types(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run a package's benchmarks: ``nox -s bench -- PACKAGE [--render]``."""
-    run(session, dev(session), "python", "tools/bench/run.py", *session.posargs)
+    render = "--render" in session.posargs
+    found = {} if render else {"PYTHONPATH": str(bench_data(session).absolute())}
+    run(
+        session, dev(session), "python", "tools/bench/run.py", *session.posargs, **found
+    )
 
 
 @nox.session
@@ -172,6 +176,20 @@ def make(
     if native:
         uv(session, "pip", "install", "--python", str(folder), *native)
     environment.write_stamp(folder, [*install, *native], ROOT, late)
+    return folder
+
+
+def bench_data(session: nox.Session) -> Path:
+    """Unpack what a package's group `bench` names: data, without what it depends on."""
+    chosen = [p for p in PACKAGES if p.name in session.posargs]
+    named = [line for p in chosen for line in p.groups.get("bench", [])]
+    folder = ENVIRONMENTS / "bench-data"
+    stamp, wanted = folder / "stamp.txt", "\n".join(named)
+    if named and not (stamp.is_file() and stamp.read_text() == wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        place = ("--no-deps", "--target", str(folder))
+        uv(session, "pip", "install", "-p", sys.executable, *place, *named)
+        stamp.write_text(wanted)
     return folder
 
 
