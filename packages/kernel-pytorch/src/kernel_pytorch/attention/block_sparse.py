@@ -214,10 +214,12 @@ def _run_backward(
         scale,
     )
     if _is_triton(problem):
-        return tuple(triton_launch.backward(problem, out, lse, d_out, d_lse))
+        dq, dk, dv, dek, dev = triton_launch.backward(problem, out, lse, d_out, d_lse)
+        return dq, dk, dv, dek, dev
     if not _is_native(problem):
         _validate(problem)
-        return tuple(backward(problem, out, lse, d_out, d_lse))
+        dq, dk, dv, dek, dev = backward(problem, out, lse, d_out, d_lse)
+        return dq, dk, dv, dek, dev
     dq, dk, dv, dek, dev = _empty_gradients(q, k, v, extra_k, extra_v)
     tensors = {"dout": d_out, "dlse": d_lse, "out": out, "lse": lse}
     tensors |= {"dq": dq, "dk": dk, "dv": dv, "dextra_k": dek, "dextra_v": dev}

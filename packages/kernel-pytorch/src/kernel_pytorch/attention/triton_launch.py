@@ -4,7 +4,7 @@
 triton is imported at the first call that wants it. Decisions:
 
 - An explicit table of tiles, no autotuning: that takes seconds for each new shape, and
-  its choice differs from run to run. The table was reasoned, not measured (`_tiles`).
+  its choice differs from run to run.
 - `forward` waits for one flag of the device, to refuse a bad index as the other
   kernels do. While a CUDA graph is captured nothing may wait; then bad values are
   dropped (nothing outside the tensors is read), and not told.
@@ -31,12 +31,55 @@ _CHUNK = 64
 
 
 class Tiles(NamedTuple):
-    """Greatest tile of queries and keys, and how the compiler shall run it."""
+    """Greatest tile of queries and keys, and how the compiler shall run it.
+
+    ``registers`` for each thread are the most that it may use; 0 = no limit.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int = 0
+
+
+# By kernel, the first entry whose number is not below D: read off what triton 3.6
+# compiles for sm_90, not measured. A tile of 64 queries fills one warpgroup's wgmma.
+# 168 registers let three programs of 4 warps share a multiprocessor, so that one's
+# softmax runs beside another's products; the loop over FULL blocks has no spill at
+# that, and at 128 only with 8 warps. Stages as many as shared memory allows with two
+# programs at least (D <= 128).
+_HALF = {
+    "forward": {
+        64: Tiles(64, 64, 4, 3, 168),
+        128: Tiles(64, 64, 4, 2),
+        256: Tiles(64, 32, 8, 2),
+    },
+    # From blocks of 128 on: half the reads of K and V, which at 64 queries for each
+    # come near to what the L2 cache can give.
+    "forward of large blocks": {
+        64: Tiles(128, 64, 8, 3, 128),
+        128: Tiles(128, 64, 8, 2),
+        256: Tiles(64, 32, 8, 2),
+    },
+    "query_grad": {
+        64: Tiles(64, 64, 4, 3, 168),
+        128: Tiles(64, 64, 4, 2),
+        256: Tiles(64, 32, 8, 2),
+    },
+    "key_grad": {
+        64: Tiles(64, 64, 4, 2),
+        128: Tiles(64, 64, 8, 2),
+        256: Tiles(32, 64, 8, 2),
+    },
+}
+# Exact float32 products run without tensor cores, each thread with whole rows of both
+# factors in registers: larger tiles spill by kilobytes and compile for minutes.
+_SINGLE = {
+    64: Tiles(16, 32, 4, 1),
+    128: Tiles(16, 16, 8, 1),
+    256: Tiles(16, 16, 8, 1),
+}
 
 
 class Lists(NamedTuple):
@@ -147,7 +190,7 @@ def backward(
     return grads + [p.q.new_empty(0) for _ in range(5 - len(grads))]
 
 
-def _split(p: Problem, check: bool) -> Lists:
+def _split(p: Problem, *, check: bool) -> Lists:
     """Sort the rows' lists; see ``split_kernel``."""
     batch, heads, q_len, _ = p.q.shape
     q_blocks, width = -(-q_len // p.block_size), p.blocks.shape[-1]
@@ -253,13 +296,13 @@ def _configure(p: Problem, name: str) -> tuple[Any, dict[str, int]]:
     """What a kernel is compiled for, and how."""
     kernels = importlib.import_module("kernel_pytorch.attention.triton_kernels")
     wide = max(16, 1 << (p.q.shape[3] - 1).bit_length())
-    tiles = _tiles(name, wide, p.q.dtype, _shared_memory(p.q.device))
     # The greatest power of two in the block, so that tiles never cross its end.
     most = p.block_size & -p.block_size
+    tiles = _tiles(name, wide, p.q.dtype, most, _shared_memory(p.q.device))
     config = kernels.Config(
         block=p.block_size,
-        rows=min(most, tiles.rows),
-        columns=min(most, tiles.columns),
+        rows=tiles.rows,
+        columns=tiles.columns,
         dim=p.q.shape[3],
         wide=wide,
         group=p.q.shape[1] // p.k.shape[1],
@@ -270,20 +313,35 @@ def _configure(p: Problem, name: str) -> tuple[Any, dict[str, int]]:
         extra=p.extra_k is not None,
         precision="ieee",
     )
-    few = min(config.rows, config.columns) < 32
-    warps = min(tiles.warps, 4 if few or config.rows <= 64 else 8)
-    return config, {"num_warps": warps, "num_stages": tiles.stages}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    if tiles.registers:
+        options["maxnreg"] = tiles.registers
+    return config, options
 
 
-def _tiles(name: str, wide: int, dtype: torch.dtype, shared: int) -> Tiles:
-    return Tiles(64, 64, 4, 2)
+def _tiles(name: str, wide: int, dtype: torch.dtype, most: int, shared: int) -> Tiles:
+    """The table's tiles, cut to blocks and to a device's shared memory."""
+    if dtype == torch.float32:
+        table = _SINGLE
+    elif name == "forward" and most >= 128:
+        table = _HALF["forward of large blocks"]
+    else:
+        table = _HALF[name]
+    tiles = table[max(64, wide)]
+    if max(tiles.rows, tiles.columns) > most:
+        tiles = tiles._replace(warps=4, registers=0)
+    # Consumer cards have 99 KiB, the A100 163, the H100 and H200 227.
+    stages = 1 if shared < 160 * 1024 and wide >= 128 else tiles.stages
+    rows, columns = min(most, tiles.rows), min(most, tiles.columns)
+    return tiles._replace(rows=rows, columns=columns, stages=stages)
 
 
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have."""
     if device.type != "cuda":
         return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
 
 
 def _launch(
