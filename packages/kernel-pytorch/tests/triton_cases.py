@@ -69,25 +69,25 @@ for name in masks(1, 1):
         check(torch.float32, sizes, lists, mask, batch=2, remainder=remainder)
 
 
-for dim in (1, 17, 256):
+for dim in (1, 200):
 
     @case(f"dim-{dim}", dim)
     def check_dim(dim):
         check(torch.float32, (1, 1, 20, 34, dim), (16, 0.7, 2), batch=2)
 
 
-for size in (48, 256):
+for size in (48, 128):
 
     @case(f"block-{size}", size)
     def check_block(size):
         sizes = (1, 1, size + 5, size + 9, 16)
         mask = MaskSpec(causal=True)
-        check(torch.float32, sizes, (size, 0.8, 1), mask, remainder=True)
+        check(torch.float16, sizes, (size, 0.8, 1), mask, remainder=True)
 
 
 @case("float16")
 def check_float16():
-    sizes = (4, 2, 40, 40, 24)
+    sizes = (2, 1, 34, 34, 24)
     check(torch.float16, sizes, (32, 0.8, 1), MaskSpec(causal=True), remainder=True)
 
 
@@ -133,18 +133,30 @@ def check_one_result():
 
 @case("later keys do not leak")
 def check_later_keys():
-    shared.test_later_keys_do_not_leak(None, True)
+    """A NaN reaches only the queries that see it, in gradients, too."""
+    tensors = shared.inputs(1, 1, 1, 36, 36, 16)
+    index = shared.random_index(1, 36, 36, 16, 1.0)
+    mask = MaskSpec(causal=True)
+    wanted = shared.block_sparse_attention(*tensors, index, mask)
+    with torch.no_grad():
+        for t in tensors:
+            t[:, :, 20] = math.nan
+    out = shared.block_sparse_attention(*tensors, index, mask)
+    assert torch.equal(out[:, :, :20], wanted[:, :, :20])
+    assert out[:, :, 20:].isnan().all()
+    (grad,) = torch.autograd.grad(out[:, :, :20].square().sum(), tensors[:1])
+    assert grad[:, :, :20].isfinite().all()
 
 
 @case("hidden keys do not leak")
 def check_hidden_keys():
     """NaN and inf in keys and values that nobody sees change no bit."""
-    tensors = shared.inputs(1, 1, 1, 36, 36, 16)
-    index = shared.random_index(1, 36, 36, 16, 0.8)
-    padding = torch.rand(1, 36) > 0.3
+    tensors = shared.inputs(1, 1, 1, 20, 20, 16)
+    index = shared.random_index(1, 20, 20, 16, 1.0)
+    padding = torch.rand(1, 20) > 0.3
+    mask = MaskSpec(key_padding=padding, causal=True)
+    clean = shared.check(tensors, index, mask, remainder=True)
     for bad in (math.nan, math.inf):
-        mask = MaskSpec(key_padding=padding, causal=True)
-        clean = shared.check(tensors, index, mask, remainder=True)
         poisoned = [t.detach().clone() for t in tensors]
         for t in poisoned[1:]:
             t.transpose(1, 2)[~padding] = bad
@@ -155,23 +167,11 @@ def check_hidden_keys():
             assert grad.isfinite().all()
 
 
-@case("a seen NaN is told")
-def check_seen_nan():
-    """The gradient of what saw a NaN is NaN, and of nothing else."""
-    tensors = [t.detach() for t in shared.inputs(1, 1, 1, 64, 64, 16)]
-    tensors[2][0, 0, 20] = math.nan
-    index = shared.random_index(1, 64, 64, 16, 1.0)
-    mask = MaskSpec(causal=True)
-    out = shared.block_sparse_attention(*tensors, index, mask)
-    assert out[:, :, 20:].isnan().all()
-    assert out[:, :, :20].isfinite().all()
-
-
 @case("bad lists")
 def check_bad_lists():
     for at, values in (
-        ("counts", (-1, 5, -(2**31), 2**31 - 1)),
-        ("blocks", (-1, 0, 4, -(2**31), 2**31 - 1)),
+        ("counts", (-(2**31), 5)),
+        ("blocks", (-1, 0, 2**31 - 1)),
     ):
         for value in values:
             shared.test_bad_index_is_refused(None, value, at)
@@ -187,7 +187,7 @@ def random_case(number):
     def upto(most):
         return int(torch.randint(1, most + 1, (), device="cpu"))
 
-    kv_heads, q_len, kv_len, batch = pick(1, 2), upto(40), upto(40), pick(1, 2)
+    kv_heads, q_len, kv_len, batch = pick(1, 2), upto(36), upto(36), pick(1, 2)
     sizes = (kv_heads * pick(1, 2), kv_heads, q_len, kv_len, upto(40))
     padding = torch.rand(batch, kv_len) < pick(0.5, 0.95)
     ids = torch.randint(0, 3, (batch, max(q_len, kv_len))).sort(1).values
@@ -206,7 +206,7 @@ def main():
     assert not torch.cuda.is_available() or torch.get_default_device().type == "cpu"
     triton_launch.unavailable = lambda device: ""
     block_sparse._fits_triton = triton_launch.fits
-    chosen = {f"random {n}": partial(random_case, n) for n in range(12)}
+    chosen = {f"random {n}": partial(random_case, n) for n in range(10)}
     chosen = CASES if sys.argv[1] == "fixed" else chosen
     for name, run in chosen.items():
         torch.manual_seed(0)
