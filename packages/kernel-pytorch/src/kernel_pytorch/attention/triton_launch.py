@@ -331,9 +331,10 @@ def _tiles(name: str, wide: int, dtype: torch.dtype, most: int, shared: int) -> 
     if max(tiles.rows, tiles.columns) > most:
         tiles = tiles._replace(warps=4, registers=0)
     # Consumer cards have 99 KiB, the A100 163, the H100 and H200 227.
-    stages = 1 if shared < 160 * 1024 and wide >= 128 else tiles.stages
-    rows, columns = min(most, tiles.rows), min(most, tiles.columns)
-    return tiles._replace(rows=rows, columns=columns, stages=stages)
+    if shared < 160 * 1024 and wide >= 128:
+        tiles = tiles._replace(stages=1)
+        most = min(most, 32 if wide == 256 else most)
+    return tiles._replace(rows=min(most, tiles.rows), columns=min(most, tiles.columns))
 
 
 def _shared_memory(device: torch.device) -> int:
