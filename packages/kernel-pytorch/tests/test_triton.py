@@ -50,7 +50,7 @@ def run_script(tmp_path, *arguments, **variables):
 
 @pytest.mark.fast
 @needs_triton
-@pytest.mark.parametrize(("which", "least"), [("fixed", 21), ("random", 10)])
+@pytest.mark.parametrize(("which", "least"), [("fixed", 22), ("random", 10)])
 def test_interpreted(tmp_path, which, least):
     """Against dense attention in float64; see triton_cases."""
     found = run_script(tmp_path, HERE / "triton_cases.py", which)
