@@ -54,6 +54,8 @@ def run_script(tmp_path, *arguments, **variables):
 def test_interpreted(tmp_path, which, least):
     """Against dense attention in float64; see triton_cases."""
     found = run_script(tmp_path, HERE / "triton_cases.py", which)
+    if found.startswith("unusable:"):
+        pytest.skip(found)
     assert found.count("passed: ") >= least, found
 
 
