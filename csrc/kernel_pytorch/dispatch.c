@@ -2,7 +2,6 @@
 //
 // Entry points: check, choose the instruction set, run. A new one is added to
 // the tables here and to `kp_best_isa`.
-#include "choose.h"
 #include "plan.h"
 
 typedef int (*kernel)(const kp_plan* p);

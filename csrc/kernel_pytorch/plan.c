@@ -214,6 +214,16 @@ int kp_plan_make(const kp_args* a, kp_pass pass, kp_plan* p) {
   return code;
 }
 
+int kp_choice_ok(const kp_plan* p, const kp_choice* c) {
+  if (!c || !c->counts || !c->missed) return 0;
+  if (!(c->keep >= 0.0 && c->keep <= 1.0)) return 0;
+  if (!(c->coverage >= 0.0 && c->coverage <= 1.0)) return 0;
+  int64_t most = p->kv_blocks;
+  if (c->coverage == 0.0)
+    most = kp_max(1, (int64_t)nearbyint(c->keep * (double)most));
+  return p->a->index_batch == p->a->batch && p->a->width >= most && c->blocks;
+}
+
 void kp_plan_free(kp_plan* p) {
   free(p->hidden);
   free(p->shown);

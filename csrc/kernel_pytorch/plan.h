@@ -46,6 +46,9 @@ typedef enum { KP_DO_FORWARD, KP_DO_BACKWARD, KP_DO_SELECT } kp_pass;
 int kp_plan_make(const kp_args* a, kp_pass pass, kp_plan* p);
 void kp_plan_free(kp_plan* p);
 
+// Checks what kp_plan_make doesn't.
+int kp_choice_ok(const kp_plan* p, const kp_choice* c);
+
 // 64-byte aligned; null when there is no memory or the size overflows.
 void* kp_alloc(int64_t count, int64_t size);
 

@@ -5,13 +5,14 @@
 // that the micro-kernel is full, walks the keys once with an online maximum,
 // and keeps for each query one sum for each block of keys.
 
-#define EVERY 8    // one query of so many is examined, but at least two
+#define EVERY 11     // one query of so many is examined, but at least two
 #define TOGETHER 48  // examined queries of one walk, about
 
 typedef struct {
-  float* rows;       // [block][dim] of one block of queries
+  const float* rows;  // one block of queries, `ld` apart
+  int64_t ld;
+  float* copy;       // [block][dim] of them, unless they can be read in place
   float* far_score;  // [block][FAR]
-  float* distance;   // [block]
   uint32_t* rank;    // [block]
   uint8_t* chosen;   // [block]
   float* q;          // [examined / 6][dim][6]
@@ -22,7 +23,7 @@ typedef struct {
   float* mean;       // [examined][mean_panels * 16] logits of the means
   float* score;      // [6][TILE]
   uint64_t* bits;    // [examined]
-  kp_row row;
+  KP(row) row;
   int64_t examined;
 } KP(ground);
 
@@ -47,8 +48,15 @@ static void KP(read_queries)(const kp_args* a, KP(ground) * w, int64_t b,
                              int64_t h, int64_t q0, int64_t length) {
   int64_t at =
       b * a->q_stride[0] + h * a->q_stride[1] + q0 * a->q_stride[2];
+  if (a->dtype == KP_FLOAT32) {
+    w->rows = (const float*)a->q + at;
+    w->ld = a->q_stride[2];
+    return;
+  }
   for (int64_t i = 0; i < length; i++)
-    KP(read_row)(a, a->q, at + i * a->q_stride[2], w->rows + i * a->dim);
+    KP(read_row)(a, a->q, at + i * a->q_stride[2], w->copy + i * a->dim);
+  w->rows = w->copy;
+  w->ld = a->dim;
 }
 
 // Adds the means of groups of the queries in w->rows.
@@ -60,7 +68,7 @@ static void KP(examine_groups)(const kp_args* a, KP(ground) * w, int64_t q0,
     int64_t first = i, end = group_end(length, count, n) + 1;
     memset(mean, 0, a->dim * sizeof(float));
     for (; i < end; i++)
-      for (int64_t d = 0; d < a->dim; d++) mean[d] += w->rows[i * a->dim + d];
+      for (int64_t d = 0; d < a->dim; d++) mean[d] += w->rows[i * w->ld + d];
     for (int64_t d = 0; d < a->dim; d++) mean[d] /= (float)(end - first);
     put_query(a, w, q0 + end - 1, mean);
   }
@@ -73,10 +81,10 @@ static void KP(examine_single)(const kp_args* a, KP(ground) * w, int64_t q0,
   float mean[KP_MAX_DIM] = {0};
   int64_t all = KP(examined)(length), count = all - all / 2;
   for (int64_t i = 0; i < length; i++)
-    for (int64_t d = 0; d < a->dim; d++) mean[d] += w->rows[i * a->dim + d];
+    for (int64_t d = 0; d < a->dim; d++) mean[d] += w->rows[i * w->ld + d];
   for (int64_t d = 0; d < a->dim; d++) mean[d] /= (float)length;
   for (int64_t i = 0; i < length; i++) {
-    const float* row = w->rows + i * a->dim;
+    const float* row = w->rows + i * w->ld;
     float sum = 0.0f;
     vf part = v_set(0.0f);
     int64_t d = 0;
@@ -85,16 +93,16 @@ static void KP(examine_single)(const kp_args* a, KP(ground) * w, int64_t q0,
       part = v_fma(x, x, part);
     }
     for (; d < a->dim; d++) sum += (row[d] - mean[d]) * (row[d] - mean[d]);
-    w->rank[i] = kp_rank(sum + v_hsum(part));
+    w->rank[i] = rank_of(sum + v_hsum(part));
   }
   for (int64_t i = 0; i < count; i++) {
     int64_t at = group_end(length, count, i);
     w->rank[at] = 0;
-    put_query(a, w, q0 + at, w->rows + at * a->dim);
+    put_query(a, w, q0 + at, w->rows + at * w->ld);
   }
-  kp_mark_best(w->rank, length, all / 2, w->chosen);
+  KP(mark_best)(w->rank, length, all / 2, w->chosen);
   for (int64_t i = 0; i < length; i++)
-    if (w->chosen[i]) put_query(a, w, q0 + i, w->rows + i * a->dim);
+    if (w->chosen[i]) put_query(a, w, q0 + i, w->rows + i * w->ld);
 }
 
 static void KP(lift)(KP(ground) * w, int64_t i, float top, int64_t blocks) {
@@ -106,21 +114,22 @@ static void KP(lift)(KP(ground) * w, int64_t i, float top, int64_t blocks) {
   w->top[i] = top;
 }
 
-// Adds a tile's weights for query i: `each` panels from k0 on to a block.
+// Adds the weights of n vectors of logits to the sums of query i, of which
+// every `each` panels belong to the next block, in[] says to which.
 INLINE void add_weights(const int64_t n, const int64_t each, KP(ground) * w,
-                        const kp_plan* p, int64_t i, int64_t panel,
+                        int64_t i, int64_t blocks, const int64_t* in,
                         const float* s) {
   vf high = v_load(s);
   for (int64_t j = 1; j < n; j++) high = v_max(high, v_load(s + j * W));
   if (v_any_above(high, v_set(w->top[i] + SLACK)))
-    KP(lift)(w, i, v_hmax(high), p->kv_blocks);
+    KP(lift)(w, i, v_hmax(high), blocks);
   vf top = v_set(w->top[i]);
-  float* sum = w->sum + i * p->kv_blocks;
+  float* sum = w->sum + i * blocks;
   for (int64_t j = 0; j < n; j += each * (KP_PANEL / W)) {
-    vf part = v_set(0.0f);
-    for (int64_t m = 0; m < each * (KP_PANEL / W); m++)
+    vf part = v_exp2(v_load(s + j * W) - top);
+    for (int64_t m = 1; m < each * (KP_PANEL / W); m++)
       part = part + v_exp2(v_load(s + (j + m) * W) - top);
-    sum[(panel + j * W / KP_PANEL) * KP_PANEL / p->a->block] += v_hsum(part);
+    sum[in[j * W / KP_PANEL]] += v_hsum(part);
   }
 }
 
@@ -130,6 +139,9 @@ static void KP(select_tile)(const KP(survey) * s, KP(ground) * w, int64_t base,
   const kp_plan* p = s->p;
   const kp_args* a = p->a;
   KP(tile) t = {.count = count};
+  int64_t in[4];
+  for (int64_t n = 0; n < count; n++)
+    in[n] = (panel + n) * KP_PANEL / a->block;
   for (int64_t n = 0; n < count; n++)
     t.keys[n] = s->keys + (base + panel + n) * KP_PANEL * a->dim;
   for (int64_t i = 0, r; i < w->examined; i += r) {
@@ -141,10 +153,10 @@ static void KP(select_tile)(const KP(survey) * s, KP(ground) * w, int64_t base,
     for (int64_t j = 0; j < r; j++) {
       float* x = w->score + j * TILE;
       if (masked) KP(hide)(&t, x, w->bits[i + j]);
-      if (count == 4 && a->block % TILE == 0)
-        add_weights(TILE / W, 4, w, p, i + j, panel, x);
+      if (count == 4 && in[0] == in[3])
+        add_weights(TILE / W, 4, w, i + j, p->kv_blocks, in, x);
       else
-        add_weights(count * KP_PANEL / W, 1, w, p, i + j, panel, x);
+        add_weights(count * KP_PANEL / W, 1, w, i + j, p->kv_blocks, in, x);
     }
   }
 }
@@ -216,10 +228,12 @@ static void KP(select_row)(const KP(survey) * s, KP(ground) * w, int64_t b,
                            int64_t t, int64_t first, int64_t end,
                            float* least) {
   int64_t n = s->p->kv_blocks, alive = 0;
-  kp_row* row = &w->row;
+  KP(row)* row = &w->row;
   memset(row->mass, 0, n * sizeof(float));
   memset(row->score, 0, n * sizeof(float));
   memset(row->peak, 0, n * sizeof(float));
+  for (int half = 0; half < 2; half++)
+    memset(row->half[half], 0, n * sizeof(float));
   *least = INFINITY;
   for (int64_t i = first; i < end; i++) {
     const float* sum = w->sum + i * n;
@@ -232,8 +246,10 @@ static void KP(select_row)(const KP(survey) * s, KP(ground) * w, int64_t b,
     if (w->total[i] == 0.0f) continue;
     const float* sum = w->sum + i * n;
     float share = 1.0f / w->total[i], part = share / (float)alive;
+    float* half = row->half[(i - first) % 2];
     for (int64_t j = 0; j < n; j++) {
       float x = sum[j] * share;
+      half[j] += x;
       row->mass[j] += sum[j] * part;
       row->peak[j] = x > row->peak[j] || x != x ? x : row->peak[j];
     }
@@ -277,7 +293,7 @@ static void KP(far_peaks)(const KP(survey) * s, KP(ground) * w, int64_t b,
   if (least == INFINITY) least = -INFINITY;
   float best[FAR];
   for (int64_t j = 0; j < FAR; j++) best[j] = -INFINITY;
-  KP(gemm_score)(q1 - q0, w->rows, dim, s->far + head * dim * FAR, dim,
+  KP(gemm_score)(q1 - q0, w->rows, w->ld, s->far + head * dim * FAR, dim,
                  w->far_score, FAR);
   for (int64_t i = q0; i < q1; i++) {
     uint64_t bits = plain ? all : KP(far_bits)(p, b, i, at, count);
@@ -331,7 +347,7 @@ static void KP(select_item)(const KP(survey) * s, KP(ground) * w, int64_t first,
     KP(select_row)(s, w, b, t, i, i + count, &least);
     KP(read_queries)(a, w, b, h, q0, q1 - q0);
     KP(far_peaks)(s, w, b, head, q0, q1, least);
-    kp_choose_row(p, s->c, b, h, t, &w->row);
+    KP(choose_row)(p, s->c, b, h, t, &w->row);
     i += count;
   }
 }
@@ -345,9 +361,8 @@ static KP(ground) KP(select_ground)(const KP(survey) * s, int64_t each,
 #define TAKE(field, count)      \
   w.field = (void*)(at + used); \
   used += kp_ceil((count) * (int64_t)sizeof(*w.field), 64) * 64
-  TAKE(rows, block * a->dim);
+  TAKE(copy, block * a->dim);
   TAKE(far_score, block * FAR);
-  TAKE(distance, block);
   TAKE(rank, block);
   TAKE(chosen, block);
   TAKE(q, kp_ceil(most, 6) * 6 * a->dim);
@@ -361,10 +376,15 @@ static KP(ground) KP(select_ground)(const KP(survey) * s, int64_t each,
   TAKE(row.mass, n);
   TAKE(row.score, n);
   TAKE(row.peak, n);
+  TAKE(row.half[0], n);
+  TAKE(row.half[1], n);
+  TAKE(row.factor, n);
   TAKE(row.rank, n);
   TAKE(row.open, n);
   TAKE(row.chosen, n);
 #undef TAKE
+  w.rows = w.copy;
+  w.ld = a->dim;
   w.examined = 0;
   *bytes = used;
   return w;
@@ -396,7 +416,7 @@ int KP(select)(const kp_plan* p, const kp_choice* c) {
   int64_t each = kp_max(1, TOGETHER / KP(examined)(a->block)), bytes;
   int64_t items = a->heads / a->kv_heads * kp_ceil(p->q_blocks, each);
   KP(survey) s = {.p = p, .c = c};
-  s.heads = kp_min(kp_ceil(64 * p->threads, items), a->batch * a->kv_heads);
+  s.heads = kp_min(kp_ceil(16 * p->threads, items), a->batch * a->kv_heads);
   int ok = KP(survey_make)(&s);
   KP(select_ground)(&s, each, NULL, &bytes);
   char* memory = kp_alloc(p->threads, bytes);

@@ -68,7 +68,7 @@ static void KP(survey_distances)(const KP(survey) * s, int64_t first,
   unsigned shown = p->shown ? p->shown[b * p->panels + panel] : 0xffffu;
   for (int64_t i = 0; i < KP_PANEL; i++)
     s->rank[at * KP_PANEL + i] =
-        i < count && (shown >> i & 1) ? kp_rank(far[i]) : 0;
+        i < count && (shown >> i & 1) ? rank_of(far[i]) : 0;
 }
 
 static void KP(survey_far)(const KP(survey) * s, int64_t head) {
@@ -78,7 +78,7 @@ static void KP(survey_far)(const KP(survey) * s, int64_t head) {
   int64_t* at = s->far_at + head * FAR;
   float* far = s->far + head * dim * FAR;
   const float* keys = s->keys + head * all * dim;
-  kp_mark_best(s->rank + head * all, all, FAR, chosen);
+  KP(mark_best)(s->rank + head * all, all, FAR, chosen);
   memset(far, 0, dim * FAR * sizeof(float));
   for (int64_t j = 0; j < all && n < FAR; j++) {
     if (!chosen[j]) continue;

@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "choose.h"
 #include "plan.h"
 
 #ifdef _OPENMP
@@ -25,6 +24,7 @@ static inline int omp_get_thread_num(void) { return 0; }
 #include "rows.inc.h"
 #include "forward.inc.h"
 #include "backward.inc.h"
+#include "choose.inc.h"
 #include "survey.inc.h"
 #include "select.inc.h"
 // clang-format on

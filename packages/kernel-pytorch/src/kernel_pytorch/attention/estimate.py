@@ -3,10 +3,10 @@
 
 This is the path in torch operations; `native_selection` does the same in C. Decisions:
 
-- Of a block's queries every 8th is examined, at least two: half of these spread
+- Of a block's queries one in `EVERY` is examined, at least two: half of these spread
   evenly, half the ones furthest from the block's mean. What all queries of a block
   share shows in any of them; what is one query's own shows in its distance.
-- With the compressed remainder it is the means of each eight queries instead: the
+- With the compressed remainder it is the means of as many groups instead: the
   blocks that are kept then matter for what all queries want of them.
 - Each head's `FAR` keys furthest from the mean key are compared with every query:
   what all keys share changes no softmax, so a key that a single query wants strongly
@@ -25,7 +25,7 @@ from kernel_pytorch.attention.blocks import lse_dtype
 from kernel_pytorch.attention.masks import INF, MaskSpec
 from kernel_pytorch.attention.partial import lay_mask
 
-EVERY = 8
+EVERY = 11
 FAR = 64
 
 
@@ -37,12 +37,14 @@ class Estimate(NamedTuple):
             sums to 1, or to 0 where none does.
         lost: The part of it that the remainder wouldn't stand for; without the
             remainder all of it.
+        halves: The sums of weights over one half of these queries, and over the other.
         peak: The largest weight that one query gives to the block, among the examined
             ones and, for the far keys, among all.
     """
 
     mass: Tensor
     lost: Tensor
+    halves: tuple[Tensor, Tensor]
     peak: Tensor
 
 
@@ -99,7 +101,7 @@ def examined(q: Tensor, remainder: bool) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> examined(torch.randn(3, 64, 2), True)[1][0].tolist()
-        [7, 15, 23, 31, 39, 47, 55, 63]
+        [9, 20, 31, 41, 52, 63]
     """
     length = q.shape[-2]
     count = min(length, max(2, -(-length // EVERY)))
@@ -144,7 +146,8 @@ def estimate(
     (first, end), kind = rows, lse_dtype(q)
     q0, q1 = first * size, min(end * size, q_len)
     mass = q.new_zeros(batch, heads, end - first, -(-kv_len // size), dtype=kind)
-    found = Estimate(mass, mass.clone(), mass.clone())
+    lost, one, other, peak = (mass.clone() for _ in range(4))
+    found = Estimate(mass, lost, (one, other), peak)
     start, stop = lay_mask(mask, q, k).keys_of(q0, q1)
     start = start // size * size
     if start >= stop:
@@ -171,6 +174,8 @@ def estimate(
     found.mass[..., now] = weights.sum(3) / alive
     found.lost[..., now] = lost.sum(3) / alive
     found.peak[..., now] = weights.amax(3)
+    for number, half in enumerate(found.halves):
+        half[..., now] = weights[:, :, :, number::2].sum(3)
     _far_peaks(found.peak, blocks, k, mask, keys, lse.amin(3), q0, size)
     return found
 

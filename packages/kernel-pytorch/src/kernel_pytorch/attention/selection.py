@@ -25,7 +25,12 @@ from torch import Tensor
 
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.blocks import check_qkv, lse_dtype
-from kernel_pytorch.attention.estimate import EVERY, estimate, examine_keys
+from kernel_pytorch.attention.estimate import (
+    EVERY,
+    Estimate,
+    estimate,
+    examine_keys,
+)
 from kernel_pytorch.attention.masks import (
     EMPTY,
     INF,
@@ -45,9 +50,9 @@ class Selection(NamedTuple):
 
     Args:
         index: The blocks, for each batch entry and head.
-        missed_mass: Float [B, H, Tq] in [0, 1]: the share of the sampled queries'
-            softmax that lies outside the chosen blocks. 0 where no sampled query
-            sees a key.
+        missed_mass: Float [B, H, Tq] in [0, 1]: the share of the examined queries'
+            softmax outside as many blocks, chosen by one half of these queries and
+            measured by the other. 0 where no examined query sees a key.
     """
 
     index: BlockIndex
@@ -75,8 +80,9 @@ def select_blocks(
         sparsity_ratio: In [0, 0.95]; see `budgets`.
         block_size: Tokens in a block.
         coverage: In (0, 1]: keep the fewest blocks whose estimated mass reaches this
-            share, instead of a fixed number. A row of which no examined query sees a
-            key keeps every admissible block.
+            share, instead of a fixed number, where what one half of the examined
+            queries chooses is measured by the other. A row of which none sees a key
+            keeps every admissible block.
         block_logits: [B, H, Tq, Tk], added to the logarithm of the estimated mass.
         remainder: Choose for an attention with ``remainder=True``: by the mass that
             the dropped blocks' means would not stand for. With ``coverage`` the
@@ -131,18 +137,21 @@ def _select_by_torch(
         own = None if full is None else full[:, :, rows]
         found = estimate(q, k, mask, size, (first, end), keys, own)
         seen = open_blocks[:, :, rows].expand_as(found.mass)
-        score = found.mass if choice.coverage is not None else found.lost
-        if block_logits is not None:
-            score = _gated(score, block_logits[:, :, rows], seen)
         forced = _diagonal(seen, first) if mask.causal else None
-        if choice.coverage is None:
-            slots = budget[:, :, rows].expand(score.shape[:3])
-            chosen = _by_budget(score, found.peak, seen, slots, forced)
-        else:
-            chosen = _by_coverage(score, seen, choice.coverage, forced)
-        kept[:, :, rows] = chosen
-        total = found.mass.sum(-1).clamp_min(torch.finfo(missed.dtype).tiny)
-        missed[:, :, rows] = found.mass.masked_fill(chosen, 0.0).sum(-1) / total
+        score = found.mass if choice.coverage is not None else found.lost
+        slots = budget[:, :, rows].expand(score.shape[:3])
+        logits = None if block_logits is None else block_logits[:, :, rows]
+        held = _held(found, seen, logits, forced)
+        if choice.coverage is not None:
+            slots = _covering(held, seen, choice.coverage)
+        if logits is not None:
+            score = _gated(score, logits, seen)
+        peak = None if choice.coverage is not None else found.peak
+        kept[:, :, rows] = _best(score, peak, seen, slots, forced)
+        at = (slots - 1).clamp_min(0)[..., None]
+        missed[:, :, rows] = 1 - held.gather(-1, at)[..., 0]
+        empty = found.mass.sum(-1) == 0
+        missed[:, :, rows] = missed[:, :, rows].masked_fill(empty, 0.0)
     index = BlockIndex.from_block_mask(kept, size, q.shape[2], k.shape[2])
     return index.counts, index.blocks, missed
 
@@ -305,29 +314,52 @@ def _diagonal(seen: Tensor, first: int) -> Tensor:
     return seen & (row == torch.arange(columns, device=seen.device))
 
 
-def _by_budget(
-    score: Tensor, peak: Tensor, seen: Tensor, budget: Tensor, forced: Tensor | None
+def _best(
+    score: Tensor,
+    peak: Tensor | None,
+    seen: Tensor,
+    budget: Tensor,
+    forced: Tensor | None,
 ) -> Tensor:
-    # What can't be judged comes first, but after what is kept in any case.
-    most = torch.finfo(score.dtype).max
-    score, peak = (t.nan_to_num(most, most) for t in (score, peak))
-    if forced is not None:
-        score = score.masked_fill(forced, INF)
+    """Mark the best of each row by score, and where there are peaks some by these."""
+    score = _first(score, forced)
+    if peak is None:
+        return keep_best(score, seen, budget)
     best = keep_best(score, seen, budget - (budget + 5) // 10)
-    return keep_best(peak.masked_fill(best, INF), seen, budget)
+    return keep_best(_first(peak, best), seen, budget)
 
 
-def _by_coverage(
-    score: Tensor, seen: Tensor, coverage: float, forced: Tensor | None
+def _held(
+    found: Estimate, seen: Tensor, logits: Tensor | None, forced: Tensor | None
 ) -> Tensor:
-    score = score.double().masked_fill(~seen, 0.0)
-    first = score if forced is None else score.masked_fill(forced, INF)
-    order = first.argsort(dim=-1, descending=True, stable=True)
-    running = score.gather(-1, order).cumsum(-1)
-    total = running[..., -1:]
-    before = torch.nn.functional.pad(running, (1, 0))[..., :-1]
-    # Written so that NaN, and a row without a score, keep everything.
-    wanted = ~(before >= coverage * total) | (total == 0)
-    if forced is not None:
-        wanted = wanted | forced.gather(-1, order)
-    return torch.zeros_like(wanted).scatter_(-1, order, wanted) & seen
+    """Share of the mass in the best n blocks, float64 [B, H, rows, Tk] for n = 1...
+
+    Those that one half of the queries chooses are measured by the other: judged by the
+    queries that chose them, they would look better than they are.
+    """
+    one, other = found.halves
+    empty = ~((one.sum(-1) > 0) & (other.sum(-1) > 0))[..., None]
+    one, other = (torch.where(empty, found.mass, t) for t in (one, other))
+    share = torch.zeros_like(one, dtype=torch.float64)
+    for ours, theirs in ((one, other), (other, one)):
+        score = ours if logits is None else _gated(ours, logits, seen)
+        score = _first(score, forced).masked_fill(~seen, -INF)
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        running = theirs.double().gather(-1, order).cumsum(-1)
+        share += running / running[..., -1:] / 2
+    return share
+
+
+def _covering(held: Tensor, seen: Tensor, coverage: float) -> Tensor:
+    """The fewest blocks that hold the share; all where there is no mass, or a NaN."""
+    count = seen.sum(-1)
+    few = (held < coverage).sum(-1) + 1
+    few = torch.where(held[..., -1].isnan(), count, few)
+    return torch.minimum(few, count)
+
+
+def _first(score: Tensor, forced: Tensor | None) -> Tensor:
+    """Put what is kept in any case first, and then what can't be judged."""
+    most = torch.finfo(score.dtype).max
+    score = score.nan_to_num(most, most)
+    return score if forced is None else score.masked_fill(forced, INF)
