@@ -15,7 +15,8 @@
 extern "C" {
 #endif
 
-// Changes with every change of a struct here; native.py refuses another version.
+// Changes with every change of a struct here; native.py refuses another
+// version.
 #define KP_ABI 2
 
 enum { KP_OK = 0, KP_BAD_ARGUMENT = 1, KP_NO_MEMORY = 2 };

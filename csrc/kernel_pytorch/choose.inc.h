@@ -18,7 +18,7 @@ static inline uint32_t rank_of(float x) {
 // Marks the `count` greatest ranks above 0 in chosen[n]; the first of equal
 // ones win.
 static void KP(mark_best)(const uint32_t* rank, int64_t n, int64_t count,
-                  uint8_t* chosen) {
+                          uint8_t* chosen) {
   for (int64_t i = 0; i < n; i++) chosen[i] = 0;
   if (count < 1) return;
   // The greatest bound that at least `count` ranks reach, bit by bit.
@@ -49,7 +49,7 @@ typedef struct {
 
 // Does some query in [q0, q1) see some key in [k0, k1)?
 static int KP(any_seen)(const kp_plan* p, int64_t b, int64_t q0, int64_t q1,
-                    int64_t k0, int64_t k1) {
+                        int64_t k0, int64_t k1) {
   int kind = kp_kind(p, b, q0, q1, k0, k1);
   if (kind != KP_MIXED) return kind == KP_FULL;
   for (int64_t i = q1 - 1; i >= q0; i--)
@@ -59,7 +59,7 @@ static int KP(any_seen)(const kp_plan* p, int64_t b, int64_t q0, int64_t q1,
 }
 
 static int64_t KP(open_blocks)(const kp_plan* p, int64_t b, int64_t t,
-                           uint8_t* open) {
+                               uint8_t* open) {
   const kp_args* a = p->a;
   int64_t q0 = t * a->block, q1 = kp_min(q0 + a->block, a->q_len), count = 0;
   for (int64_t n = 0; n < p->kv_blocks; n++) {
@@ -150,7 +150,8 @@ static int64_t KP(covering)(const kp_plan* p, const kp_choice* c, int64_t count,
 static double KP(halve)(const kp_plan* p, KP(row) * row) {
   double sum[2] = {0.0, 0.0}, total = 0.0;
   for (int64_t i = 0; i < p->kv_blocks; i++) {
-    for (int half = 0; half < 2; half++) sum[half] += (double)row->half[half][i];
+    for (int half = 0; half < 2; half++)
+      sum[half] += (double)row->half[half][i];
     total += (double)row->mass[i];
   }
   if (!(sum[0] > 0.0) || !(sum[1] > 0.0))

@@ -13,7 +13,7 @@ static const kernel forward[] = {kp_forward_generic, kp_forward_avx2,
 static const kernel backward[] = {kp_backward_generic, kp_backward_avx2,
                                   kp_backward_avx512};
 static const chooser selection[] = {kp_select_generic, kp_select_avx2,
-                                 kp_select_avx512};
+                                    kp_select_avx512};
 #else
 static const kernel forward[] = {kp_forward_generic};
 static const kernel backward[] = {kp_backward_generic};

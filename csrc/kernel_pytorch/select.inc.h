@@ -12,7 +12,7 @@ typedef struct {
   const float* rows;  // one block of queries, `ld` apart
   int64_t ld;
   float* copy;       // [block][dim] of them, unless they can be read in place
-  float* far_score;  // [block][FAR]
+  float* far_score;  // [block][TILE]
   uint32_t* rank;    // [block]
   uint8_t* chosen;   // [block]
   float* q;          // [examined / 6][dim][6]
@@ -46,8 +46,7 @@ INLINE void put_query(const kp_args* a, KP(ground) * w, int64_t at,
 
 static void KP(read_queries)(const kp_args* a, KP(ground) * w, int64_t b,
                              int64_t h, int64_t q0, int64_t length) {
-  int64_t at =
-      b * a->q_stride[0] + h * a->q_stride[1] + q0 * a->q_stride[2];
+  int64_t at = b * a->q_stride[0] + h * a->q_stride[1] + q0 * a->q_stride[2];
   if (a->dtype == KP_FLOAT32) {
     w->rows = (const float*)a->q + at;
     w->ld = a->q_stride[2];
@@ -140,8 +139,7 @@ static void KP(select_tile)(const KP(survey) * s, KP(ground) * w, int64_t base,
   const kp_args* a = p->a;
   KP(tile) t = {.count = count};
   int64_t in[4];
-  for (int64_t n = 0; n < count; n++)
-    in[n] = (panel + n) * KP_PANEL / a->block;
+  for (int64_t n = 0; n < count; n++) in[n] = (panel + n) * KP_PANEL / a->block;
   for (int64_t n = 0; n < count; n++)
     t.keys[n] = s->keys + (base + panel + n) * KP_PANEL * a->dim;
   for (int64_t i = 0, r; i < w->examined; i += r) {
@@ -288,16 +286,16 @@ static void KP(far_peaks)(const KP(survey) * s, KP(ground) * w, int64_t b,
   const kp_plan* p = s->p;
   const int64_t* at = s->far_at + head * FAR;
   int64_t count = s->far_count[head], dim = p->a->dim;
-  uint64_t all = count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0;
+  uint64_t all = ((uint64_t)1 << count) - 1;
   int plain = !p->a->causal && !p->a->window && !p->same;
   if (least == INFINITY) least = -INFINITY;
   float best[FAR];
   for (int64_t j = 0; j < FAR; j++) best[j] = -INFINITY;
-  KP(gemm_score)(q1 - q0, w->rows, w->ld, s->far + head * dim * FAR, dim,
+  KP(gemm_score)(q1 - q0, w->rows, w->ld, s->far + head * dim * TILE, dim,
                  w->far_score, FAR);
   for (int64_t i = q0; i < q1; i++) {
     uint64_t bits = plain ? all : KP(far_bits)(p, b, i, at, count);
-    float* x = w->far_score + (i - q0) * FAR;
+    float* x = w->far_score + (i - q0) * TILE;
     vf high = v_set(-INFINITY), none = v_set(-INFINITY);
     for (int64_t j = 0; j < FAR; j += W) {
       vf y = v_keep((unsigned)(bits >> j), v_load(x + j), none);
@@ -362,7 +360,7 @@ static KP(ground) KP(select_ground)(const KP(survey) * s, int64_t each,
   w.field = (void*)(at + used); \
   used += kp_ceil((count) * (int64_t)sizeof(*w.field), 64) * 64
   TAKE(copy, block * a->dim);
-  TAKE(far_score, block * FAR);
+  TAKE(far_score, block * TILE);
   TAKE(rank, block);
   TAKE(chosen, block);
   TAKE(q, kp_ceil(most, 6) * 6 * a->dim);
@@ -406,7 +404,8 @@ static void KP(select_run)(const KP(survey) * s, int64_t each, char* memory) {
       KP(survey_heads)(s, first, count);
       int64_t items = count * group * kp_ceil(p->q_blocks, each);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < items; i++) KP(select_item)(s, &w, first, i, each);
+      for (int64_t i = 0; i < items; i++)
+        KP(select_item)(s, &w, first, i, each);
     }
   }
 }

@@ -4,19 +4,19 @@
 // pass; each head's keys furthest from the mean key; and with the remainder the
 // mean key of each block.
 
-#define FAR TILE  // far keys of a head
+#define FAR 32  // far keys of a head
 
 typedef struct {
   const kp_plan* p;
   const kp_choice* c;
-  int64_t heads;    // kv heads, of all batch entries, packed at a time
-  float* keys;      // [heads][panels][dim][16]
-  float* sums;      // [heads][panels][dim] sum of a panel's keys
-  float* mean;      // [heads][dim]
-  uint32_t* rank;   // [heads][panels * 16] of the distance from the mean
-  uint8_t* chosen;  // [heads][panels * 16]
-  float* far;       // [heads][dim][FAR]
-  int64_t* far_at;  // [heads][FAR] positions, ascending
+  int64_t heads;       // kv heads, of all batch entries, packed at a time
+  float* keys;         // [heads][panels][dim][16]
+  float* sums;         // [heads][panels][dim] sum of a panel's keys
+  float* mean;         // [heads][dim]
+  uint32_t* rank;      // [heads][panels * 16] of the distance from the mean
+  uint8_t* chosen;     // [heads][panels * 16]
+  float* far;          // [heads][dim][TILE], of which FAR are used
+  int64_t* far_at;     // [heads][FAR] positions, ascending
   int64_t* far_count;  // [heads]
   float* means;        // [heads][mean_panels][dim][16]
   int64_t mean_panels;
@@ -35,7 +35,8 @@ static void KP(survey_panel)(const KP(survey) * s, int64_t first, int64_t at) {
                  KP_PANEL);
   memset(sum, 0, a->dim * sizeof(float));
   for (int64_t i = 0; i < KP_PANEL; i++)
-    for (int64_t d = 0; d < a->dim; d++) sum[d] += rows[i * a->dim + d] * factor;
+    for (int64_t d = 0; d < a->dim; d++)
+      sum[d] += rows[i * a->dim + d] * factor;
 }
 
 static void KP(survey_mean)(const KP(survey) * s, int64_t first, int64_t head) {
@@ -76,14 +77,14 @@ static void KP(survey_far)(const KP(survey) * s, int64_t head) {
   int64_t dim = p->a->dim, all = p->panels * KP_PANEL, n = 0;
   uint8_t* chosen = s->chosen + head * all;
   int64_t* at = s->far_at + head * FAR;
-  float* far = s->far + head * dim * FAR;
+  float* far = s->far + head * dim * TILE;
   const float* keys = s->keys + head * all * dim;
   KP(mark_best)(s->rank + head * all, all, FAR, chosen);
-  memset(far, 0, dim * FAR * sizeof(float));
+  memset(far, 0, dim * TILE * sizeof(float));
   for (int64_t j = 0; j < all && n < FAR; j++) {
     if (!chosen[j]) continue;
     const float* key = keys + j / KP_PANEL * KP_PANEL * dim + j % KP_PANEL;
-    for (int64_t d = 0; d < dim; d++) far[d * FAR + n] = key[d * KP_PANEL];
+    for (int64_t d = 0; d < dim; d++) far[d * TILE + n] = key[d * KP_PANEL];
     at[n++] = j;
   }
   s->far_count[head] = n;
@@ -133,7 +134,7 @@ static int KP(survey_make)(KP(survey) * s) {
   s->mean = kp_alloc(n, dim * f);
   s->rank = kp_alloc(n * p->panels * KP_PANEL, sizeof(uint32_t));
   s->chosen = kp_alloc(n * p->panels * KP_PANEL, 1);
-  s->far = kp_alloc(n * FAR, dim * f);
+  s->far = kp_alloc(n * TILE, dim * f);
   s->far_at = kp_alloc(n * FAR, sizeof(int64_t));
   s->far_count = kp_alloc(n, sizeof(int64_t));
   s->means = kp_alloc(n * s->mean_panels * KP_PANEL, dim * f);

@@ -26,7 +26,7 @@ from kernel_pytorch.attention.masks import INF, MaskSpec
 from kernel_pytorch.attention.partial import lay_mask
 
 EVERY = 11
-FAR = 64
+FAR = 32
 
 
 class Estimate(NamedTuple):
@@ -117,7 +117,7 @@ def examined(q: Tensor, remainder: bool) -> tuple[Tensor, Tensor]:
     distance[..., spread] = -1.0
     order = distance.argsort(dim=-1, descending=True, stable=True)
     spread = spread.expand(*q.shape[:-2], -1)
-    rows = torch.cat([spread, order[..., : count // 2]], -1)
+    rows = torch.cat([spread, order[..., : count // 2].sort(-1).values], -1)
     return q.gather(-2, rows[..., None].expand(*rows.shape, q.shape[-1])), rows
 
 
@@ -169,7 +169,9 @@ def estimate(
         mean = (mean * _lengths(k, size)[now]).unflatten(2, (end - first, -1))
         mean = mean.masked_fill(~full[:, :, :, None, now], 0.0).flatten(2, 3)
         lost = (weights - mean).clamp_min_(0.0)
-    weights, lost, lse = (t.unflatten(2, (end - first, -1)) for t in (weights, lost, lse))
+    weights, lost, lse = (
+        t.unflatten(2, (end - first, -1)) for t in (weights, lost, lse)
+    )
     alive = (lse != INF).sum(3).clamp_min(1)
     found.mass[..., now] = weights.sum(3) / alive
     found.lost[..., now] = lost.sum(3) / alive

@@ -3,7 +3,7 @@
 
 It is `estimate` and the choice of `selection` in one pass over the keys, and writes
 the index's lists directly. It stands behind an operator, so that fake tensors see
-shapes and ``torch.compile`` sees one opaque step.
+shapes.
 """
 
 from __future__ import annotations
@@ -107,13 +107,14 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     counts, blocks, missed = _empty(q, k, block_size, keep, coverage)
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    tensors = {"q": q, "k": k, "key_padding": key_padding, "documents": documents}
+    parts = {"key_padding": key_padding, "documents": documents, "logits": block_logits}
+    dense = {n: None if t is None else t.contiguous() for n, t in parts.items()}
     results = {"counts": counts, "blocks": blocks, "missed": missed}
-    results |= {"logits": block_logits}
+    results |= {"logits": dense.pop("logits")}
     batch, heads, q_len, dim = q.shape
     done = native.select(
-        {n: t if t is None or n in "qk" else t.contiguous() for n, t in tensors.items()},
-        {n: t if t is None else t.contiguous() for n, t in results.items()},
+        {"q": q, "k": k, **dense},
+        results,
         {"keep": keep, "coverage": coverage, "remainder": int(remainder)},
         batch=batch,
         heads=heads,

@@ -132,7 +132,7 @@ def _select_by_torch(
     keys = examine_keys(k, mask, size, choice.remainder)
     kept = torch.zeros(sizes, dtype=torch.bool, device=q.device)
     missed = torch.zeros(sizes[:3], dtype=lse_dtype(q), device=q.device)
-    for first, end in _chunks(q, k, size):
+    for first, end in _chunks(q, k, size) if sizes[3] else ():
         rows = slice(first, end)
         own = None if full is None else full[:, :, rows]
         found = estimate(q, k, mask, size, (first, end), keys, own)
@@ -193,11 +193,12 @@ def _blocks(
         if first >= end:
             continue
         # Whole blocks: what lies beyond is hidden and counts as such.
-        first, end = first // block_size * block_size, -(-end // block_size) * block_size
-        tile = laid.tile(q0, q1, first, min(end, kv_len))
+        first = first // block_size * block_size
+        end = min(-(-end // block_size) * block_size, kv_len)
+        tile = laid.tile(q0, q1, first, end)
         if tile is EMPTY:
             continue
-        seen = _seen(tile, min(end, kv_len) - first)
+        seen = _seen(tile, end - first)
         seen = seen.all(2) if whole else seen.any(2)
         short = (0, -seen.shape[-1] % block_size)
         seen = torch.nn.functional.pad(seen, short, value=whole)
