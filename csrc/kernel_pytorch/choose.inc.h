@@ -21,13 +21,18 @@ static void KP(mark_best)(const uint32_t* rank, int64_t n, int64_t count,
                           uint8_t* chosen) {
   for (int64_t i = 0; i < n; i++) chosen[i] = 0;
   if (count < 1) return;
-  // The greatest bound that at least `count` ranks reach, bit by bit.
+  // The greatest bound that at least `count` ranks reach, bit by bit; a bound
+  // that just so many reach is as good.
   uint32_t bound = 0;
-  for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
-    uint32_t high = bound | bit;
-    int32_t reached = 0;
-    for (int64_t i = 0; i < n; i++) reached += rank[i] >= high;
-    if (reached >= count) bound = high;
+  int64_t reached = n;
+  for (uint32_t bit = 0x80000000u; bit && reached != count; bit >>= 1) {
+    int32_t above = 0;
+    for (int64_t i = 0; i < n; i++) above += rank[i] >= (bound | bit);
+    if (above >= count) bound |= bit, reached = above;
+  }
+  if (reached == count) {
+    for (int64_t i = 0; i < n; i++) chosen[i] = rank[i] >= bound && rank[i];
+    return;
   }
   int64_t left = count;
   for (int64_t i = 0; i < n; i++) {

@@ -6,7 +6,7 @@
 // and keeps for each query one sum for each block of keys.
 
 #define EVERY 11     // one query of so many is examined, but at least two
-#define TOGETHER 48  // examined queries of one walk, about
+#define TOGETHER 36  // examined queries of one walk, about
 
 typedef struct {
   const float* rows;  // one block of queries, `ld` apart
