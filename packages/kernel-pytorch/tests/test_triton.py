@@ -32,7 +32,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_script(tmp_path, *arguments, **variables):
+def run_script(tmp_path, *arguments):
     # A cache of one's own: nothing compiled before may stand in for what is tested.
     folders = {
         "TRITON_CACHE_DIR": str(tmp_path),
@@ -40,7 +40,7 @@ def run_script(tmp_path, *arguments, **variables):
     }
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, **folders, **variables},
+        env={**os.environ, **folders},
         capture_output=True,
         text=True,
     )
@@ -61,7 +61,7 @@ def test_interpreted(tmp_path, which, least):
 
 def check_compiled(tmp_path, capability, dtype, dim, block, parts):
     script, sizes = HERE / "triton_compile.py", (capability, dtype, dim, block, parts)
-    found = run_script(tmp_path, script, *sizes, TRITON_DEFAULT_FP_FUSION="1")
+    found = run_script(tmp_path, "-W", "error", script, *sizes)
     kernels = [json.loads(line) for line in found.splitlines()]
     names = ["split", "forward", "split", "query_grad", "key_grad"]
     names += ["extra_grad"] if parts == "all" else []

@@ -210,7 +210,7 @@ def _split(p: Problem, *, check: bool) -> Lists:
     config, _ = _configure(p, "forward")
     tensors = (given, (entries, full, mixed), rest, bad)
     numbers = (_mask(p), _edges(p), heads, config, _CHUNK)
-    _launch("split", full.numel(), tensors, numbers, {"num_warps": 4, "num_stages": 2})
+    _launch("split", full.numel(), tensors, numbers, _options(Tiles(0, 0, 4, 2)))
     if check and not _capturing(device) and bool(bad):
         index = BlockIndex(counts, blocks, p.block_size, q_len, p.k.shape[2])
         index.validate()
@@ -313,10 +313,14 @@ def _configure(p: Problem, name: str) -> tuple[Any, dict[str, int]]:
         extra=p.extra_k is not None,
         precision="ieee",
     )
+    return config, _options(tiles)
+
+
+def _options(tiles: Tiles) -> dict[str, int]:
+    # Said because its default changes with triton's versions.
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    if tiles.registers:
-        options["maxnreg"] = tiles.registers
-    return config, options
+    options["enable_fp_fusion"] = True
+    return options | ({"maxnreg": tiles.registers} if tiles.registers else {})
 
 
 def _tiles(name: str, wide: int, dtype: torch.dtype, most: int, shared: int) -> Tiles:
