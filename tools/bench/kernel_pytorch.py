@@ -35,6 +35,11 @@ from kernel_pytorch.attention import (
 )
 from torchworks_core.bench import compare
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.bench import kernel_pytorch_quality as quality  # noqa: E402
+
 HEADS, DIM, LONG = 8, 64, 16384
 SDPA, FLEX = "torch SDPA", "compiled FlexAttention"
 LAYER_TOKENS, LAYER_WIDTH, RING_TOKENS = 65536, 512, 8192
@@ -42,10 +47,11 @@ Job = Callable[[], object]
 
 
 def rows() -> Iterable[dict]:
-    """Yield all rows; about ten minutes."""
+    """Yield all rows; about fifteen minutes."""
     yield from sparse_forward()
     yield sparse_training()
     yield flex()
+    yield from selection()
     yield from dense()
     yield from layer()
     yield million()
@@ -123,6 +129,46 @@ def flex() -> dict:
         extra=f"largest difference {difference:.0e}; its compilation took "
         f"{seconds:.0f} s, ours none",
     )
+
+
+def selection() -> Iterable[dict]:
+    """How well blocks are chosen by content, and what that costs."""
+    for causal in (False, True):
+        found = quality.selection_cost(LONG, causal=causal)
+        yield {
+            "measure": f"choosing the blocks, {'causal' if causal else 'full'}, N=16k",
+            "value": 100 * found["share"],
+            "unit": "% of dense attention's time",
+            "goal": "<= 6.7",
+        }
+    layers = quality.encoder_layers()
+    errors = quality.remainder_errors(layers)
+    for share, goal in (("10 %", 0.30), ("25 %", 0.17)):
+        dropped = errors[f"{share}, dropped"]
+        yield {
+            "measure": f"error on a MiniLM encoder, N=512, {share} of blocks of 16 kept",
+            "value": errors[share],
+            "unit": "relative, with the remainder",
+            "goal": f"<= {goal:.2f}",
+            "note": f"without the remainder {dropped:.2f}; mean of 6 layers",
+        }
+    for share in (0.9, 0.95):
+        found = quality.coverage(layers, share)
+        yield {
+            "measure": f"mass that coverage={share} holds, MiniLM",
+            "value": found["held"],
+            "unit": "of the softmax",
+            "goal": f">= {share}",
+            "note": f"{100 * found['density']:.0f} % of the blocks; said {found['said']:.3f}",
+        }
+    found = quality.needles()
+    for who, count in found.items():
+        yield {
+            "measure": f"a far key that one {who} wants, N=16k, 90 % sparse",
+            "value": count / 2,
+            "unit": "% of 200 trials found",
+            "goal": ">= 99",
+        }
 
 
 def dense() -> Iterable[dict]:

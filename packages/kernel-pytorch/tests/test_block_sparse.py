@@ -443,6 +443,31 @@ def test_compile_without_a_graph_break():
         close(a, b, 1e-6)
 
 
+def test_a_compiled_call_reads_nothing_outside():
+    q, k, v = torch.randn(3, 1, 2, 64, 8)
+    kept = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    index = BlockIndex.from_block_mask(kept, 16, 64, 64)
+    options = {"fullgraph": True, "backend": "eager"}
+    run = torch.compile(
+        lambda keep: block_sparse_attention(q, k, v, index, MaskSpec(key_padding=keep)),
+        **options,
+    )
+    with pytest.raises(ValueError, match=r"key_padding \(1, 5\): it must be \(1, 64\)"):
+        run(torch.ones(1, 5, dtype=torch.bool))
+    bias = torch.zeros(64, requires_grad=True)
+    run = torch.compile(
+        lambda bias: block_sparse_attention(q, k, v, index, MaskSpec(bias=bias)),
+        **options,
+    )
+    with pytest.raises(Exception, match=r"mask\.bias requires a gradient"):
+        run(bias)
+    raw = torch.ops.kernel_pytorch.block_sparse_forward
+    numbers = (16, False, 0, 1.0)
+    parts = (index.counts, index.blocks, None, None, None, None, None)
+    with pytest.raises(ValueError, match="k and v must be alike"):
+        raw(q, k, v[:, :, :5], *parts, *numbers)
+
+
 @pytest.mark.fast
 def test_without_the_library(monkeypatch, tmp_path):
     """One warning, then the reference; the same numbers."""

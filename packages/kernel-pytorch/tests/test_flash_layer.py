@@ -76,10 +76,16 @@ def test_create_attention_refuses():
     with pytest.raises(ValueError, match=r"'best'.*'flash', 'ring', 'sparse'"):
         create_attention(config(), "best")
     for name in ("ring", "sparse", "context_parallel"):
-        with pytest.raises(ValueError, match="fp8_config"):
+        with pytest.raises(ValueError, match="fp8_config=FP8AttentionConfig"):
             create_attention(config(fp8_config=FP8AttentionConfig()), name)
         with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
             create_attention(config(attention_dropout=0.1), name)
+    for name in ("flash", "ring", "sparse"):
+        with pytest.raises(ValueError, match="context_parallel_size=2"):
+            create_attention(config(context_parallel_size=2), name)
+    for name in ("sparse", "context_parallel"):
+        with pytest.raises(ValueError, match="chunk_size=64"):
+            create_attention(config(chunk_size=64), name)
     odd = config(pattern="dynamic_sparse", sparse_pattern="random")
     with pytest.raises(ValueError, match="DYNAMIC_SPARSE looks at the content"):
         create_attention(odd)
@@ -191,10 +197,10 @@ def test_defaults():
         ({"embed_dim": 10, "num_heads": 4}, "embed_dim=10.*num_heads=4"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4.*num_kv_heads=3"),
         ({"pattern": "dense"}, "pattern='dense'.*'causal'"),
-        ({"sparse_pattern": "dense"}, "pattern='dense'.*'strided'"),
+        ({"sparse_pattern": "dense"}, "sparse_pattern='dense'.*'strided'"),
         ({"sparsity_ratio": 0.99}, r"sparsity_ratio=0\.99"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
-        ({"sliding_window_size": 0}, "window=0"),
+        ({"sliding_window_size": 0}, "sliding_window_size=0"),
         ({"fp8_config": "e4m3"}, "fp8_config"),
         ({"context_parallel_size": 0}, "context_parallel_size=0"),
         ({"head_dim": 0}, "head_dim=0"),

@@ -12,6 +12,11 @@ __version__ = "0.1.0"
 __all__ = ["attention", "core", "precision"]
 
 
+def __dir__() -> list[str]:
+    parts = (importlib.import_module(f"{__name__}.{part}") for part in __all__)
+    return sorted({*globals(), *__all__, *(n for part in parts for n in part.__all__)})
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")

@@ -14,7 +14,7 @@ Triton kernels on CUDA tensors, and `block_reference` on everything else. Decisi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from torch import Tensor
 from kernel_pytorch.attention import native, triton_launch
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_reference import Problem, backward, forward
-from kernel_pytorch.attention.blocks import check_qkv
+from kernel_pytorch.attention.blocks import autocast_enabled, check_qkv
 from kernel_pytorch.attention.masks import MaskSpec
-from kernel_pytorch.attention.partial import lay_mask
+from kernel_pytorch.attention.partial import lay_mask, refuse_trained_bias
 from torchworks_core.errors import InvalidValue
 
 _MAX_DIM = 256
@@ -85,11 +85,11 @@ def block_sparse_attention(
     q, k, v = _autocast(q, k, v)
     check_qkv(q, k, v)
     _check_index(q, k, index)
-    # Dynamo can't trace the mask's own checks; what they refuse fails below, too,
-    # only with torch's message.
+    mask = MaskSpec() if mask is None else mask
+    refuse_trained_bias(mask)
+    # Dynamo can't trace the mask's own checks; the operator repeats what is unsafe.
     if not torch.compiler.is_compiling():
         lay_mask(mask, q, k)
-    mask = MaskSpec() if mask is None else mask
     padding, documents, bias = _parts(mask, q, k)
     if remainder and bias is not None:
         raise NotImplementedError(
@@ -126,6 +126,8 @@ def kernel_for(q: Tensor, index: BlockIndex, mask: MaskSpec | None = None) -> st
         ``"reference"``.
     """
     has_bias = mask is not None and mask.bias is not None
+    if not q.numel() or not index.kv_len:
+        return "reference"
     if _fits_triton(q, index.kv_len, index.block_size, has_bias):
         return "reference" if triton_launch.unavailable(q.device) else "triton"
     if not _fits(q, index.block_size, has_bias):
@@ -134,43 +136,15 @@ def kernel_for(q: Tensor, index: BlockIndex, mask: MaskSpec | None = None) -> st
     return f"native-{status.isa}" if status.available else "reference"
 
 
-def _run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    bias: Tensor | None,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    block_size: int,
-    causal: bool,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(
-        q,
-        k,
-        v,
-        counts,
-        blocks,
-        key_padding,
-        documents,
-        bias,
-        extra_k,
-        extra_v,
-        block_size,
-        causal,
-        window,
-        scale,
-    )
+def _run_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    problem = Problem(*args)
+    _check_problem(problem)
     if _is_triton(problem):
         return triton_launch.forward(problem)
     if not _is_native(problem):
         _validate(problem)
         return forward(problem)
+    q = problem.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     _call("forward", problem, {"out": out, "lse": lse})
@@ -178,49 +152,16 @@ def _run_forward(
 
 
 def _run_backward(
-    d_out: Tensor,
-    d_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    bias: Tensor | None,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    block_size: int,
-    causal: bool,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(
-        q,
-        k,
-        v,
-        counts,
-        blocks,
-        key_padding,
-        documents,
-        bias,
-        extra_k,
-        extra_v,
-        block_size,
-        causal,
-        window,
-        scale,
-    )
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    problem = Problem(*args)
+    _check_problem(problem)
     if _is_triton(problem):
-        dq, dk, dv, dek, dev = triton_launch.backward(problem, out, lse, d_out, d_lse)
-        return dq, dk, dv, dek, dev
+        return tuple(triton_launch.backward(problem, out, lse, d_out, d_lse))
     if not _is_native(problem):
         _validate(problem)
-        dq, dk, dv, dek, dev = backward(problem, out, lse, d_out, d_lse)
-        return dq, dk, dv, dek, dev
-    dq, dk, dv, dek, dev = _empty_gradients(q, k, v, extra_k, extra_v)
+        return tuple(backward(problem, out, lse, d_out, d_lse))
+    dq, dk, dv, dek, dev = _empty_gradients(problem)
     tensors = {"dout": d_out, "dlse": d_lse, "out": out, "lse": lse}
     tensors |= {"dq": dq, "dk": dk, "dv": dv, "dextra_k": dek, "dextra_v": dev}
     _call("backward", problem, tensors)
@@ -232,31 +173,13 @@ def _fake_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=kind)
 
 
-def _fake_backward(
-    d_out: Tensor,
-    d_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    bias: Tensor | None,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, ...]:
-    return _empty_gradients(q, k, v, extra_k, extra_v)
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    return _empty_gradients(Problem(*args[4:]))
 
 
-def _empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None
-) -> tuple[Tensor, ...]:
-    extra = [q.new_empty(0) if t is None else t for t in (extra_k, extra_v)]
-    return tuple(t.new_empty(t.shape) for t in (q, k, v, *extra))
+def _empty_gradients(p: Problem) -> tuple[Tensor, ...]:
+    extra = [p.q.new_empty(0) if t is None else t for t in (p.extra_k, p.extra_v)]
+    return tuple(t.new_empty(t.shape) for t in (p.q, p.k, p.v, *extra))
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -275,25 +198,29 @@ def _differentiate(ctx, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ..
     return *grads[:3], None, None, None, None, None, *extra, None, None, None, None
 
 
-def _register(name: str, run: Callable, fake: Callable) -> str:
-    """Define an operator; returns its full name.
-
-    Not by ``torch.library.custom_op``: its first call imports all of torch._dynamo,
-    which takes seconds.
-    """
-    full = f"kernel_pytorch::{name}"
-    torch.library.define(full, torch.library.infer_schema(run, mutates_args=()))
-    torch.library.impl(full, "CompositeExplicitAutograd", run)
-    torch.library.register_fake(full, fake)
-    return full
-
-
-_register("block_sparse_backward", _run_backward, _fake_backward)
-torch.library.register_autograd(
-    _register("block_sparse_forward", _run_forward, _fake_forward),
-    _differentiate,
-    setup_context=_save,
+# By hand and not by ``torch.library.custom_op``: its first call imports all of
+# torch._dynamo, which takes seconds.
+_PROBLEM = (
+    "Tensor q, Tensor k, Tensor v, Tensor counts, Tensor blocks, "
+    "Tensor? key_padding, Tensor? documents, Tensor? bias, "
+    "Tensor? extra_k, Tensor? extra_v, "
+    "SymInt block_size, bool causal, SymInt window, float scale"
 )
+_FORWARD = "kernel_pytorch::block_sparse_forward"
+_BACKWARD = "kernel_pytorch::block_sparse_backward"
+torch.library.define(_FORWARD, f"({_PROBLEM}) -> (Tensor, Tensor)")
+torch.library.define(
+    _BACKWARD,
+    f"(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, {_PROBLEM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+for _name, _run, _fake in (
+    (_FORWARD, _run_forward, _fake_forward),
+    (_BACKWARD, _run_backward, _fake_backward),
+):
+    torch.library.impl(_name, "CompositeExplicitAutograd", _run)
+    torch.library.register_fake(_name, _fake)
+torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
 
 
 def _fits(q: Tensor, block_size: int, has_bias: bool) -> bool:
@@ -373,6 +300,26 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def _check_problem(p: Problem) -> None:
+    """Refuse shapes that a kernel would read beyond: a compiled graph comes here."""
+    (batch, _, q_len, dim), (_, groups, kv_len, _) = p.q.shape, p.k.shape
+    check_qkv(p.q, p.k, p.v)
+    blocks = -(-kv_len // p.block_size)
+    means = (batch, groups, blocks, dim)
+    wanted = {
+        "key_padding": (p.key_padding, (batch, kv_len)),
+        "documents": (p.documents, (batch, max(q_len, kv_len))),
+        "extra_k": (p.extra_k, means),
+        "extra_v": (p.extra_v, means),
+    }
+    for name, (found, shape) in wanted.items():
+        if found is not None and tuple(found.shape) != shape:
+            raise InvalidValue(f"{name} {tuple(found.shape)}", f"it must be {shape}")
+    if p.counts.shape[0] not in (1, batch) or p.counts.shape[1] != p.q.shape[1]:
+        shapes = f"counts {tuple(p.counts.shape)}, q {tuple(p.q.shape)}"
+        raise InvalidValue(shapes, "batch or heads of the index are others")
+
+
 def _validate(p: Problem) -> None:
     size, q_len, kv_len = p.block_size, p.q.shape[2], p.k.shape[2]
     BlockIndex(p.counts, p.blocks, size, q_len, kv_len).validate()
@@ -381,7 +328,7 @@ def _validate(p: Problem) -> None:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Cast as autocast does for torch's own attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return list(tensors)
     kind = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.float16, torch.bfloat16)

@@ -146,6 +146,12 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for a type of device; False where there is none."""
+    known = torch.amp.autocast_mode.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise InvalidValue, quoting all shapes, unless q, k and v fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -114,7 +114,9 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         self.pattern = _member(AttentionPatterns, "pattern", self.pattern)
-        self.sparse_pattern = SparsePattern.of(self.sparse_pattern)
+        self.sparse_pattern = _member(
+            SparsePattern, "sparse_pattern", self.sparse_pattern
+        )
         check_count(self.embed_dim, "embed_dim")
         check_count(self.num_heads, "num_heads")
         if self.embed_dim % self.num_heads:
@@ -126,7 +128,9 @@ class AttentionConfig:
         for name in ("chunk_size", "context_parallel_size"):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name)
-        MaskSpec(causal=self.causal, window=self.sliding_window_size)
+        if self.sliding_window_size is not None:
+            check_count(self.sliding_window_size, "sliding_window_size")
+        MaskSpec(causal=self.causal)
         check_sparsity(self.sparsity_ratio, self.block_size, None)
         dropout = self.attention_dropout
         if isinstance(dropout, bool) or not 0 <= dropout < 1:

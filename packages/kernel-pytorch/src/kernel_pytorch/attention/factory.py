@@ -119,14 +119,26 @@ def create_attention(
     if name not in makers:
         valid = ", ".join(repr(key) for key in makers)
         raise InvalidValue(f"implementation={name!r}", f"it must be of {valid}")
-    if name != "flash":
-        _refuse_for_plans(name, config)
+    _refuse_unused(name, config)
     return makers[name](config)
 
 
-def _refuse_for_plans(name: str, config: AttentionConfig) -> None:
+def _refuse_unused(name: str, config: AttentionConfig) -> None:
+    """Refuse settings that the layer would not read."""
+    unused = {
+        "chunk_size": ("flash", "ring"),
+        "context_parallel_size": ("context_parallel",),
+    }
+    for setting, readers in unused.items():
+        value = getattr(config, setting)
+        if value is not None and name not in readers:
+            why = f"{name!r} has no use for it"
+            raise InvalidValue(f"{setting}={value}", why, "Leave it None")
+    if name == "flash":
+        return
     if config.fp8_config is not None:
-        raise InvalidValue("fp8_config", f"{name!r} computes in the dtype of its input")
+        why = f"{name!r} computes in the dtype of its input"
+        raise InvalidValue(f"fp8_config={config.fp8_config}", why)
     if config.attention_dropout:
         why = f"{name!r} has no dropout inside attention"
         raise InvalidValue(f"attention_dropout={config.attention_dropout}", why)

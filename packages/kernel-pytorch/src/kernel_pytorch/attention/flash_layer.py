@@ -5,8 +5,8 @@ Decisions:
 - ``backend`` tells which kernel ran. FlashAttention 3 and 4 run where the user has
   activated them in torch, on CUDA, without a mask other than causal.
 - Masks other than causal go tile by tile, so that no mask of N x N is made.
-- FP8 is simulated: q, k and v are rounded to float8 values; no torch release has a
-  float8 attention operator that the authors could run.
+- FP8 is simulated: q, k and v are rounded to float8 values. torch's own float8
+  attention needs a GPU, which the authors have not had to try it on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class FlashAttention3(ProjectedAttention):
         self.accelerated, self.reason = True, ""
         if self.fp8_config is not None:
             self.accelerated = False
-            self.reason = "torch has no float8 attention operator; values are rounded"
+            self.reason = (
+                "q, k and v are rounded to float8 values; torch's float8 attention, "
+                "FlashAttention 3 on CUDA, isn't used"
+            )
         self._backend = ""
 
     @property
@@ -132,7 +135,7 @@ class FlashAttention3(ProjectedAttention):
             if x is not None:
                 self.check_input(x, x.shape[1] if x.ndim == 3 else 0, name)
         q, k, v = self.project(query, key, value)
-        mask = self.mask_of(attention_mask, len(query), k.shape[2])
+        mask = self.mask_of(attention_mask, len(query), q.shape[2], k.shape[2])
         if self.fp8_config is not None:
             q, k, v = _simulate_fp8(q, k, v, mask, self.fp8_config, key is None)
         return self.merge(self._attend(q, k, v, mask))

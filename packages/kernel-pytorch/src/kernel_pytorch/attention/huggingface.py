@@ -22,6 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kernel_pytorch.attention.agreement import agree
 from kernel_pytorch.attention.block_sparse import block_sparse_attention
+from kernel_pytorch.attention.blocks import autocast_enabled
 from kernel_pytorch.attention.huggingface_masks import (
     LazyMask,
     exact_mask,
@@ -84,7 +85,8 @@ def register_with_transformers(
       those don't know, with an error or a warning of theirs.
 
     Models take the names as ``attn_implementation``. A call replaces what an earlier
-    one registered, also for models made before.
+    one registered, also for models made before. For the name with "flash" it also tells
+    transformers that this kernel is loaded, which it would otherwise look for online.
 
     Args:
         group: ProcessGroup or 1-D DeviceMesh for the ring; None is one device.
@@ -307,7 +309,7 @@ def _run(
     if position_bias is not None:
         spec, q_start = _with_bias(spec, q_start, position_bias, shape), 0
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if torch.is_autocast_enabled(q.device.type):
+    if autocast_enabled(q.device.type):
         kind = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(kind), k.to(kind), v.to(kind)
     width, missing = v.shape[-1], q.shape[-1] - v.shape[-1]
@@ -326,6 +328,9 @@ def _dense(call: Call) -> Tensor:
 
 def _flash(call: Call) -> Tensor:
     spec, square = call.spec, call.q.shape[2] == call.k.shape[2]
+    # On the CPU the plan takes the same kernel, and keeps NaN where it is hidden.
+    if not call.q.is_cuda:
+        return _dense(call)
     if spec.tensors() or spec.window is not None or (spec.causal and not square):
         return _dense(call)
     if spec.causal and call.q_start:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from kernel_pytorch.attention.masks import MaskSpec
 from torchworks_core.errors import InvalidValue
@@ -85,10 +84,16 @@ class ProjectedAttention(nn.Module):
 
     def merge(self, out: Tensor) -> Tensor:
         """Project heads [B, H, N, D] to [B, N, d_model]."""
-        weight, bias = self.out_proj.weight, self.out_proj.bias
-        return linear(join_heads(out), weight, bias)
+        return self.out_proj(join_heads(out))
 
-    def mask_of(self, given: Tensor | None, batch: int, keys: int) -> MaskSpec:
+    def mask_of(
+        self,
+        given: Tensor | None,
+        batch: int,
+        queries: int,
+        keys: int | None = None,
+        pair_keys: int | None = None,
+    ) -> MaskSpec:
         """Join the caller's mask with ``causal`` and ``window``.
 
         Args:
@@ -96,15 +101,24 @@ class ProjectedAttention(nn.Module):
                 bool (True = may attend), integer likewise, or float (added to the
                 scores), broadcast to [B, heads, queries, keys]; or None.
             batch: B.
-            keys: Number of keys.
+            queries: Number of queries.
+            keys: Number of keys; None is as many.
+            pair_keys: Keys that a mask of more dimensions is about, where that is
+                not ``keys``.
 
         Raises:
-            InvalidValue: a mask of two dimensions has another shape.
+            InvalidValue: the mask has another shape.
         """
         causal, window = self.causal, self.window
+        keys = queries if keys is None else keys
         if given is None:
             return MaskSpec(causal=causal, window=window)
         if given.ndim > 2:
+            pairs = (queries, keys if pair_keys is None else pair_keys)
+            found = zip(given.shape[-2:], pairs, strict=True)
+            if given.ndim > 4 or any(x not in (1, y) for x, y in found):
+                why = f"its last dimensions are [queries, keys] = {pairs}"
+                raise InvalidValue(f"attention_mask {tuple(given.shape)}", why)
             bias = given if given.is_floating_point() else given.bool()
             bias = bias.unsqueeze(1) if bias.ndim == 3 else bias
             return MaskSpec(causal=causal, window=window, bias=bias)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from kernel_pytorch.attention.context_parallel import (
     agree_on_length,
@@ -147,53 +147,55 @@ class ContextParallelAttention(ProjectedAttention):
             raise InvalidValue(f"total_length={total_length}", why, "Leave it out")
         group = self.placement.group
         if group is None and not sharded:
-            mask = self._checked_mask(x, attention_mask, 1)
-            return self._in_one_process(x, mask)
+            return self._in_one_process(x, attention_mask)
         if sharded:
-            mask = self._checked_mask(x, attention_mask, self.context_parallel_size)
+            total = total_length or _tokens(x) * self.context_parallel_size
+            mask = self._checked_mask(x, attention_mask, total)
             q, k, v = self.project(x)
             place = (group, self.layout, None, total_length)
             return self.merge(ring_with_lse(q, k, v, mask, *place)[0])
         return self._over_ranks(x, attention_mask)
 
-    def _in_one_process(self, x: Tensor, mask: MaskSpec) -> Tensor:
+    def _in_one_process(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        mask = self._checked_mask(x, attention_mask, _tokens(x))
         q, k, v = self.project(x)
         devices = self.placement.devices
-        return self.merge(
-            serial_ring(q, k, v, mask, devices=devices, layout=self.layout)[0]
-        )
+        if self.mode == "emulated":
+            devices = (q.device,) * len(devices)
+        out, _ = serial_ring(q, k, v, mask, devices=devices, layout=self.layout)
+        return self.merge(out)
 
     def _over_ranks(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         group, layout, length = self.placement.group, self.layout, 0
 
         def local() -> int:
-            mask = self._checked_mask(x, attention_mask, 1)
+            mask = self._checked_mask(x, attention_mask, _tokens(x))
             probe = x.new_empty(1).expand(len(x), self.num_heads, x.shape[1], 1)
             lay_mask(mask, probe, probe)
             return x.shape[1]
 
         length = agree_on_length(group, layout, local)
-        mask = self._checked_mask(x, attention_mask, 1)
+        mask = self._checked_mask(x, attention_mask, _tokens(x))
         mask = shard_mask(mask, length, group, layout)
         x = scatter_sequence(x, 1, group, layout)
-        q, k, v = (
-            split_heads(self._linear(name, x), heads)
-            for name, heads in (
-                ("q_proj", self.num_heads),
-                ("k_proj", self.num_kv_heads),
-                ("v_proj", self.num_kv_heads),
-            )
-        )
+        q = split_heads(self._call(self.q_proj, x), self.num_heads)
+        k = split_heads(self._call(self.k_proj, x), self.num_kv_heads)
+        v = split_heads(self._call(self.v_proj, x), self.num_kv_heads)
         out, _ = ring_with_lse(q, k, v, mask, group, layout, None, length)
-        y = self._linear("out_proj", join_heads(out))
+        y = self._call(self.out_proj, join_heads(out))
         return gather_sequence(y, 1, group, layout, length)
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        """Apply a projection whose gradient is summed over the ranks."""
-        layer, group = getattr(self, name), self.placement.group
-        bias = None if layer.bias is None else sum_gradients(layer.bias, group)
-        return linear(x, sum_gradients(layer.weight, group), bias)
+    def _call(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """Call a projection so that its gradients are summed over the ranks."""
+        group = self.placement.group
+        named = projection.named_parameters()
+        summed = {name: sum_gradients(p, group) for name, p in named}
+        return functional_call(projection, summed, (x,))
 
-    def _checked_mask(self, x: Tensor, given: Tensor | None, shards: int) -> MaskSpec:
-        self.check_input(x, x.shape[1] * shards if x.ndim == 3 else 0)
-        return self.mask_of(given, *x.shape[:2])
+    def _checked_mask(self, x: Tensor, given: Tensor | None, total: int) -> MaskSpec:
+        self.check_input(x, total)
+        return self.mask_of(given, *x.shape[:2], pair_keys=total)
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[1] if x.ndim == 3 else 0

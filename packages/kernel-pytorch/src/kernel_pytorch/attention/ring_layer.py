@@ -5,27 +5,28 @@ Decisions:
 - Without a group the layer runs on one device, streamed by chunk, also where
   torch.distributed is initialised: an implicit group would break data parallelism.
 - Under autocast, projections and attention run in the autocast type as a whole.
+- Streaming computes the projections itself, so it is for plain ones: what has hooks,
+  or is no `nn.Linear`, is called, at the price of memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
 
-from kernel_pytorch.attention.layer_base import (
-    ProjectedAttention,
-    check_count,
-    join_heads,
-    split_heads,
-)
+from kernel_pytorch.attention.blocks import autocast_enabled
+from kernel_pytorch.attention.layer_base import ProjectedAttention, check_count
 from kernel_pytorch.attention.layout import check_layout, resolve
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.projection import Projections, project_and_attend
 from kernel_pytorch.attention.ring import ring_with_lse
+from kernel_pytorch.attention.streaming import attention_with_lse
 from torchworks_core.errors import InvalidValue
+
+_AS_IS = contextlib.nullcontext()
 
 
 class RingAttentionLayer(ProjectedAttention):
@@ -117,42 +118,55 @@ class RingAttentionLayer(ProjectedAttention):
         Raises:
             InvalidValue: shapes don't fit, or the sequence is too long.
         """
-        self._check_length(hidden_states, total_length)
-        mask = self.mask_of(attention_mask, *hidden_states.shape[:2])
-        x, weights = hidden_states, self._weights()
+        whole = self._check_length(hidden_states, total_length)
+        batch, length = hidden_states.shape[:2]
+        mask = self.mask_of(attention_mask, batch, length, pair_keys=whole)
+        if self.group is None and all(map(_plain, self.children())):
+            out, lse = self._streamed(hidden_states, mask)
+            return (out, lse) if return_lse else out
+        q, k, v = self.project(hidden_states)
+        if self.group is None:
+            out, lse = attention_with_lse(q, k, v, mask, chunk_size=self.chunk_size)
+        else:
+            where = (self.group, self.layout, None, total_length)
+            out, lse = ring_with_lse(q, k, v, mask, *where)
+        out = self.merge(out)
+        return (out, lse) if return_lse else out
+
+    def _streamed(self, x: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
+        """Attend chunk by chunk, projections included."""
+        parts = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        weights = Projections(*(p.weight for p in parts), *(p.bias for p in parts))
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
+        if autocast_enabled(kind):
             lower = torch.get_autocast_dtype(kind)
             cast = [None if w is None else w.to(lower) for w in weights]
             x, weights = x.to(lower), Projections(*cast)  # type: ignore[arg-type]
-        with torch.autocast(kind, enabled=False):
-            out, lse = self._attend(x, weights, mask, total_length)
-        return (out, lse) if return_lse else out
+        with torch.autocast(kind, enabled=False) if autocast_enabled(kind) else _AS_IS:
+            return project_and_attend(
+                *(x, weights, self.num_heads, self.num_kv_heads, mask),
+                chunk_size=self.chunk_size,
+            )
 
-    def _weights(self) -> Projections:
-        parts = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        return Projections(*(p.weight for p in parts), *(p.bias for p in parts))
-
-    def _attend(
-        self, x: Tensor, w: Projections, mask: MaskSpec, total_length: int | None
-    ) -> tuple[Tensor, Tensor]:
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        if self.group is None:
-            options = {"chunk_size": self.chunk_size}
-            return project_and_attend(x, w, heads, kv_heads, mask, **options)
-        q = split_heads(linear(x, w.q, w.q_bias), heads)
-        k = split_heads(linear(x, w.k, w.k_bias), kv_heads)
-        v = split_heads(linear(x, w.v, w.v_bias), kv_heads)
-        where = (self.group, self.layout, None, total_length)
-        out, lse = ring_with_lse(q, k, v, mask, *where)
-        return linear(join_heads(out), w.out, w.out_bias), lse
-
-    def _check_length(self, x: Tensor, total_length: int | None) -> None:
+    def _check_length(self, x: Tensor, total_length: int | None) -> int:
+        """Return the tokens of the whole sequence."""
         if self.group is None and total_length is not None:
             why = "a layer without a group sees the whole sequence"
             raise InvalidValue(f"total_length={total_length}", why, "Leave it out")
         shard = x.shape[1] if x.ndim == 3 else 0
-        self.check_input(x, total_length or shard * resolve(self.group)[2])
+        whole = total_length or shard * resolve(self.group)[2]
+        self.check_input(x, whole)
+        return whole
+
+
+def _plain(projection: nn.Module) -> bool:
+    """Whether a projection is nothing but its weight and bias.
+
+    What others put there (adapters, quantised layers, hooks) must run.
+    """
+    hooks = (projection._forward_hooks, projection._forward_pre_hooks)
+    hooks += (projection._backward_hooks, projection._backward_pre_hooks)
+    return type(projection) is nn.Linear and not any(hooks)
 
 
 def _device(given: torch.device | str | None) -> torch.device:

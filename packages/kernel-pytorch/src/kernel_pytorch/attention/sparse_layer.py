@@ -20,7 +20,7 @@ from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_sparse import block_sparse_attention, kernel_for
 from kernel_pytorch.attention.gate import BlockGate
 from kernel_pytorch.attention.layer_base import ProjectedAttention
-from kernel_pytorch.attention.masks import MaskSpec
+from kernel_pytorch.attention.masks import MaskSpec, is_abstract
 from kernel_pytorch.attention.patterns import SparsePattern, build_block_index
 from kernel_pytorch.attention.selection import (
     admissible_blocks,
@@ -60,8 +60,8 @@ class _Ran(NamedTuple):
     mask: MaskSpec
     q: Tensor
     k: Tensor
-    kernel: str
     missed_mass: Tensor | None
+    admitted: int | None
 
 
 class DynamicSparseAttention(ProjectedAttention):
@@ -170,11 +170,15 @@ class DynamicSparseAttention(ProjectedAttention):
             NotImplementedError: ``remainder`` with a mask of more than two dimensions.
         """
         q, k, v, mask = self._prepare(hidden_states, attention_mask)
+        if is_abstract(q):
+            return self.merge(torch.empty_like(q))
         index, missed = self._choose(q, k, mask)
         out = block_sparse_attention(q, k, v, index, mask, remainder=self.remainder)
         assert isinstance(out, Tensor)
-        kernel = kernel_for(q, index, mask)
-        self._ran = _Ran(index, mask, _hollow(q), _hollow(k), kernel, missed)
+        admitted = None
+        if mask.bias is not None:  # too large to be kept
+            admitted, mask = self._count(q, k, mask), MaskSpec(bias=torch.zeros(()))
+        self._ran = _Ran(index, mask, _hollow(q), _hollow(k), missed, admitted)
         return self.merge(out)
 
     @torch.no_grad()
@@ -194,19 +198,24 @@ class DynamicSparseAttention(ProjectedAttention):
         ran = self._ran
         if ran is None:
             raise NotReady("get_sparsity_stats", "there was no forward pass yet")
-        batch, heads = ran.q.shape[:2]
-        admitted = admissible_blocks(ran.q, ran.k, ran.mask, self.block_size)
-        total = int(admitted.expand(batch, heads, -1, -1).sum())
-        kept = int(ran.index.counts.expand(batch, -1, -1).sum())
+        total = ran.admitted
+        if total is None:
+            total = self._count(ran.q, ran.k, ran.mask)
+        kept = int(ran.index.counts.expand(len(ran.q), -1, -1).sum())
         missed = ran.missed_mass
         return SparsityStats(
             None if self.coverage is not None else float(self.sparsity_ratio),
             kept / total if total else 0.0,
             kept,
             total,
-            ran.kernel,
+            kernel_for(ran.q, ran.index, ran.mask),
             None if missed is None or not missed.numel() else float(missed.mean()),
         )
+
+    def _count(self, q: Tensor, k: Tensor, mask: MaskSpec) -> int:
+        """Blocks that the mask admits, over batch and heads."""
+        admitted = admissible_blocks(q, k, mask, self.block_size)
+        return int(admitted.expand(*q.shape[:2], -1, -1).sum())
 
     def _prepare(
         self, x: Tensor, attention_mask: Tensor | None

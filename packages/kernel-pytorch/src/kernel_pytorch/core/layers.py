@@ -76,7 +76,8 @@ class AttentionLayer(ProjectedAttention):
             True
         """
         if mha.in_proj_weight is None:
-            raise InvalidValue("kdim or vdim", "q, k and v must share one width")
+            widths = f"kdim={mha.kdim}, vdim={mha.vdim}"
+            raise InvalidValue(widths, f"they must be embed_dim={mha.embed_dim}")
         if mha.bias_k is not None or mha.add_zero_attn:
             raise InvalidValue("add_bias_kv or add_zero_attn", "not offered here")
         weight, bias = mha.in_proj_weight, mha.in_proj_bias
@@ -126,6 +127,9 @@ def _with_dropout(
 ) -> Tensor:
     lay_mask(mask, q, k)
     length = q.shape[2]
+    if mask.key_padding is not None:  # 0 * NaN would be NaN
+        hidden = ~mask.key_padding[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
     if not mask.tensors():
         return scaled_dot_product_attention(q, k, v, None, dropout, mask.causal)
     tile = mask.tile(0, length, 0, length)
