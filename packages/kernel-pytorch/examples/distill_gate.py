@@ -140,18 +140,23 @@ def inputs_of(model, batches):
 
 @torch.no_grad()
 def recall(layer, inputs):
-    """Mass in the chosen blocks, and in as many of the best, over all rows."""
-    got = best = rows = 0.0
+    """Share of the mass in the chosen blocks, in as many of the best, and in those.
+
+    The last with the diagonal block among them, which a causal row always keeps.
+    """
+    totals = torch.zeros(4, dtype=torch.float64)
     for x in inputs:
         q, k, _ = layer.project(x)
         mass = true_block_mass(q, k, MaskSpec(causal=True), layer.block_size)
         kept = layer.block_index(x).block_mask()
-        order = mass.sort(-1, descending=True).values
-        within = torch.arange(mass.shape[-1]) < kept.sum(-1, keepdim=True)
-        got += float(mass[kept].sum())
-        best += float(order[within].sum())
-        rows += float(mass.sum())
-    return got / rows, best / rows
+        own = torch.eye(mass.shape[-1], dtype=torch.bool)
+        found = [mass[kept].sum()]
+        for first in (mass, mass.masked_fill(own, 2.0)):
+            order = first.argsort(-1, descending=True)
+            within = torch.arange(mass.shape[-1]) < kept.sum(-1, keepdim=True)
+            found.append(mass.gather(-1, order)[within].sum())
+        totals += torch.stack([*found, mass.sum()]).double()
+    return (totals[:3] / totals[3]).tolist()
 
 
 def main():
@@ -197,9 +202,10 @@ def main():
         found = evaluate(model, tests)
         print(f"{when}: cross entropy {found:.4f}, {100 * (found / dense - 1):+.2f} %")
         for n, (block, batches) in enumerate(zip(model.blocks, unseen, strict=True)):
-            got, best = recall(block.attention, batches)
-            part = f"layer {n}: {got:.4f} of the mass, the best blocks hold {best:.4f}"
-            print(f"{part}, {got / best:.4f} of that")
+            got, best, fair = recall(block.attention, batches)
+            told = f"layer {n}: {got:.4f} of the mass, {got / best:.4f} of what as many"
+            told += f" of the best hold, {got / fair:.4f} with the diagonal among them"
+            print(told)
 
 
 if __name__ == "__main__":
