@@ -15,8 +15,9 @@
 extern "C" {
 #endif
 
-// Changes with every change of kp_args; native.py refuses another version.
-#define KP_ABI 1
+// Changes with every change of a struct here; native.py refuses another
+// version.
+#define KP_ABI 2
 
 enum { KP_OK = 0, KP_BAD_ARGUMENT = 1, KP_NO_MEMORY = 2 };
 enum { KP_FLOAT32 = 0, KP_BFLOAT16 = 1 };
@@ -60,10 +61,30 @@ int kp_bs_forward(const kp_args* a);
 // Fills dq, dk, dv, and dextra_k, dextra_v where the remainder is given.
 int kp_bs_backward(const kp_args* a);
 
+// How blocks are chosen by content, and where the lists go.
+typedef struct kp_choice {
+  // Results: counts [batch, heads, q_blocks], blocks [..., width], ascending.
+  int32_t *counts, *blocks;
+  // Results [batch, heads, q_blocks]: the share of the examined queries'
+  // softmax outside the chosen blocks.
+  float* missed;
+  // Added to the logarithm of the estimated mass, [batch, heads, q_blocks,
+  // kv_blocks], or null.
+  const float* logits;
+  // Share of the admissible blocks to keep; or, if above 0, of the mass.
+  double keep, coverage;
+  int64_t remainder;  // dropped blocks will take part by their means
+} kp_choice;
+
+// Fills the lists of `c` for the q, k, mask, scale, block and width of `a`; of
+// the other fields only sizes, dtype, isa and threads are read. Refuses a width
+// that a row could exceed.
+int kp_bs_select(const kp_args* a, const kp_choice* c);
+
 // The widest KP_* instruction set that this machine and this build have.
 int kp_best_isa(void);
 
-// KP_ABI and the size of kp_args, as the library was built.
+// KP_ABI and the size of kp_args plus kp_choice, as the library was built.
 int kp_abi(int64_t* size);
 
 #ifdef __cplusplus

@@ -41,11 +41,12 @@ static int sizes_ok(const kp_args* a) {
                                  a->width * 4 + 4, &all);
 }
 
-static int pointers_ok(const kp_args* a, int backward) {
+static int pointers_ok(const kp_args* a, kp_pass pass) {
+  if (pass == KP_DO_SELECT) return a->q && a->k && !a->extra_k;
   if (!a->q || !a->k || !a->v || !a->out || !a->lse || !a->counts) return 0;
   if (a->width && !a->blocks) return 0;
   if (a->extra_k && (!a->extra_v || !a->extra_weight)) return 0;
-  if (!backward) return 1;
+  if (pass == KP_DO_FORWARD) return 1;
   if (!a->dout || !a->dq || !a->dk || !a->dv) return 0;
   return !a->extra_k || (a->dextra_k && a->dextra_v);
 }
@@ -194,22 +195,33 @@ static int make_turned(kp_plan* p) {
   return KP_OK;
 }
 
-int kp_plan_make(const kp_args* a, int backward, kp_plan* p) {
+int kp_plan_make(const kp_args* a, kp_pass pass, kp_plan* p) {
   memset(p, 0, sizeof(*p));
-  if (!a || !sizes_ok(a) || !pointers_ok(a, backward)) return KP_BAD_ARGUMENT;
+  if (!a || !sizes_ok(a) || !pointers_ok(a, pass)) return KP_BAD_ARGUMENT;
   p->a = a;
   p->threads = a->threads;
   p->q_blocks = kp_ceil(a->q_len, a->block);
   p->kv_blocks = kp_ceil(a->kv_len, a->block);
   p->panels = kp_ceil(a->kv_len, KP_PANEL);
   p->extra_panels = a->extra_k ? kp_ceil(p->kv_blocks, KP_PANEL) : 0;
-  if (!lists_ok(a, p)) return KP_BAD_ARGUMENT;
+  if (pass != KP_DO_SELECT && !lists_ok(a, p)) return KP_BAD_ARGUMENT;
   int code = make_padding(p);
   if (!code) code = make_documents(p);
   if (!code) code = make_rest(p);
-  if (!code) code = backward ? make_turned(p) : make_order(p);
+  if (!code && pass == KP_DO_FORWARD) code = make_order(p);
+  if (!code && pass == KP_DO_BACKWARD) code = make_turned(p);
   if (code) kp_plan_free(p);
   return code;
+}
+
+int kp_choice_ok(const kp_plan* p, const kp_choice* c) {
+  if (!c || !c->counts || !c->missed) return 0;
+  if (!(c->keep >= 0.0 && c->keep <= 1.0)) return 0;
+  if (!(c->coverage >= 0.0 && c->coverage <= 1.0)) return 0;
+  int64_t most = p->kv_blocks;
+  if (c->coverage == 0.0)
+    most = kp_max(1, (int64_t)nearbyint(c->keep * (double)most));
+  return p->a->index_batch == p->a->batch && p->a->width >= most && c->blocks;
 }
 
 void kp_plan_free(kp_plan* p) {

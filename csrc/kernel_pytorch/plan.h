@@ -40,9 +40,14 @@ typedef struct kp_plan {
   int32_t* order;  // [index_batch][heads][q_blocks] rows, the longest first
 } kp_plan;
 
+typedef enum { KP_DO_FORWARD, KP_DO_BACKWARD, KP_DO_SELECT } kp_pass;
+
 // Checks every argument and index, then allocates. Returns a KP_* code.
-int kp_plan_make(const kp_args* a, int backward, kp_plan* p);
+int kp_plan_make(const kp_args* a, kp_pass pass, kp_plan* p);
 void kp_plan_free(kp_plan* p);
+
+// Checks what kp_plan_make doesn't.
+int kp_choice_ok(const kp_plan* p, const kp_choice* c);
 
 // 64-byte aligned; null when there is no memory or the size overflows.
 void* kp_alloc(int64_t count, int64_t size);
@@ -53,6 +58,9 @@ int kp_forward_avx512(const kp_plan* p);
 int kp_backward_generic(const kp_plan* p);
 int kp_backward_avx2(const kp_plan* p);
 int kp_backward_avx512(const kp_plan* p);
+int kp_select_generic(const kp_plan* p, const kp_choice* c);
+int kp_select_avx2(const kp_plan* p, const kp_choice* c);
+int kp_select_avx512(const kp_plan* p, const kp_choice* c);
 
 static inline int64_t kp_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t kp_max(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -24,4 +24,7 @@ static inline int omp_get_thread_num(void) { return 0; }
 #include "rows.inc.h"
 #include "forward.inc.h"
 #include "backward.inc.h"
+#include "choose.inc.h"
+#include "survey.inc.h"
+#include "select.inc.h"
 // clang-format on

@@ -158,6 +158,58 @@ def test_null_arguments_and_huge_sizes_are_refused():
 
 @pytest.mark.fast
 @needs_library
+def test_choosing_refuses_bad_arguments():
+    x = torch.randn(1, 1, 40, 16)
+    counts = torch.zeros(1, 1, 3, dtype=torch.int32)
+    blocks, missed = torch.zeros(1, 1, 3, 2, dtype=torch.int32), torch.zeros(1, 1, 3)
+    results = {"counts": counts, "blocks": blocks, "missed": missed}
+    how = {"keep": 0.5, "coverage": 0.0, "remainder": 0}
+    sizes = dict.fromkeys(("index_batch", "batch", "heads", "kv_heads"), 1)
+    sizes |= {"block": 16, "q_len": 40, "kv_len": 40, "dim": 16, "scale": 1.0}
+    sizes |= {"width": 2}
+    tensors = {"q": x, "k": x}
+    assert native.select(tensors, results, how, **sizes)
+    assert counts.tolist() == [[[2, 2, 2]]]
+    for name in tensors:
+        assert not native.select(tensors | {name: None}, results, how, **sizes), name
+    for name in results:
+        assert not native.select(tensors, results | {name: None}, how, **sizes), name
+    for name, value in [
+        ("keep", -0.1),
+        ("keep", 1.1),
+        ("keep", 1.0),
+        ("keep", float("nan")),
+        ("coverage", 0.5),
+        ("coverage", 1.5),
+        ("coverage", float("nan")),
+    ]:
+        assert not native.select(tensors, results, how | {name: value}, **sizes), name
+    for name, value in [("width", 1), ("index_batch", 2), ("dim", 257), ("block", 24)]:
+        assert not native.select(tensors, results, how, **sizes | {name: value}), name
+    extra = tensors | {"extra_k": x}
+    assert not native.select(extra, results, how, **sizes)
+
+
+@pytest.mark.fast
+@needs_library
+def test_choosing_tells_of_no_memory():
+    q = torch.zeros(1, 1, 1, 1)
+    results = {"counts": torch.zeros(1, dtype=torch.int32), "missed": torch.zeros(1)}
+    results |= {"blocks": torch.zeros(1, dtype=torch.int32)}
+    how = {"keep": 0.0, "coverage": 0.0, "remainder": 0}
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "q_len": 1, "kv_len": 2**30}
+    sizes |= {"dim": 256, "block": 16, "index_batch": 1, "width": 1, "scale": 1.0}
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, before[1]))
+    try:
+        with pytest.raises(OutOfMemory, match="build_block_index"):
+            native.select({"q": q, "k": q}, results, how, **sizes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.fast
+@needs_library
 def test_out_of_memory_is_told():
     """A number of keys that is legal and needs a TiB; none of them is attended to."""
     q = torch.zeros(1, 1, 1, 1)

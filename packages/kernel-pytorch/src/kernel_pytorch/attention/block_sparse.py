@@ -3,8 +3,8 @@
 
 ``block_sparse_attention`` checks its arguments and calls one custom operator, so that
 autograd, autocast, fake tensors and ``torch.compile(fullgraph=True)`` see a single
-opaque step. Inside it the native kernel runs on float32 and bfloat16 CPU tensors, and
-`block_reference` on everything else. Decisions:
+opaque step. Inside it the native kernel runs on float32 and bfloat16 CPU tensors, the
+Triton kernels on CUDA tensors, and `block_reference` on everything else. Decisions:
 
 - The lists' values are checked inside the operator, where tensors are real.
 - The compressed remainder's keys and values are made here, by differentiable torch
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernel_pytorch.attention import native
+from kernel_pytorch.attention import native, triton_launch
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_reference import Problem, backward, forward
 from kernel_pytorch.attention.blocks import check_qkv
@@ -29,6 +29,7 @@ from torchworks_core.errors import InvalidValue
 
 _MAX_DIM = 256
 _warned = False
+_warned_of_triton = False
 
 
 def block_sparse_attention(
@@ -121,10 +122,12 @@ def kernel_for(q: Tensor, index: BlockIndex, mask: MaskSpec | None = None) -> st
     """Name the kernel that `block_sparse_attention` runs for these arguments.
 
     Returns:
-        ``"native-avx512"``, ``"native-avx2"``, ``"native-generic"`` or
+        ``"native-avx512"``, ``"native-avx2"``, ``"native-generic"``, ``"triton"`` or
         ``"reference"``.
     """
     has_bias = mask is not None and mask.bias is not None
+    if _fits_triton(q, index.kv_len, index.block_size, has_bias):
+        return "reference" if triton_launch.unavailable(q.device) else "triton"
     if not _fits(q, index.block_size, has_bias):
         return "reference"
     status = native.native_status()
@@ -163,6 +166,8 @@ def _run_forward(
         window,
         scale,
     )
+    if _is_triton(problem):
+        return triton_launch.forward(problem)
     if not _is_native(problem):
         _validate(problem)
         return forward(problem)
@@ -208,6 +213,9 @@ def _run_backward(
         window,
         scale,
     )
+    if _is_triton(problem):
+        dq, dk, dv, dek, dev = triton_launch.backward(problem, out, lse, d_out, d_lse)
+        return dq, dk, dv, dek, dev
     if not _is_native(problem):
         _validate(problem)
         dq, dk, dv, dek, dev = backward(problem, out, lse, d_out, d_lse)
@@ -307,6 +315,26 @@ def _is_native(p: Problem) -> bool:
         text = f"block-sparse attention runs without its native kernel: {status.reason}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return status.available
+
+
+def _fits_triton(q: Tensor, kv_len: int, block_size: int, has_bias: bool) -> bool:
+    """Could the Triton kernels run this?"""
+    fits = triton_launch.fits(q, kv_len, block_size, has_bias)
+    return q.device.type == "cuda" and fits
+
+
+def _is_triton(p: Problem) -> bool:
+    global _warned_of_triton
+    if not p.q.numel() or not p.k.numel():
+        return False
+    if not _fits_triton(p.q, p.k.shape[2], p.block_size, p.bias is not None):
+        return False
+    reason = triton_launch.unavailable(p.q.device)
+    if reason and not _warned_of_triton:
+        _warned_of_triton = True
+        text = f"block-sparse attention runs without its Triton kernels: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return not reason
 
 
 def _call(name: str, p: Problem, results: dict[str, Tensor]) -> None:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kernel_pytorch.attention.blocks import INF, check_qkv, lse_dtype
+from kernel_pytorch.attention.estimate import estimate, examine_keys
 from kernel_pytorch.attention.masks import EMPTY, MaskSpec
 from kernel_pytorch.attention.partial import lay_mask
-from kernel_pytorch.attention.selection import admissible_blocks, block_mass
+from kernel_pytorch.attention.selection import admissible_blocks
 from torchworks_core.errors import InvalidValue
 
 _CHUNK = 2**22
@@ -297,10 +298,10 @@ def _content(q: Tensor, k: Tensor, mask: MaskSpec, size: int) -> Tensor:
     """The content's estimate of the mass, [B, H, Tq, Tk]."""
     whole, rest = divmod(q.shape[2], size)
     k = k.to(lse_dtype(k))
-    rows = [block_mass(q, k, mask, size, row, row + 1) for row in range(whole)]
-    if rest or not rows:
-        rows.append(block_mass(q, k, mask, size, whole, whole + (rest > 0)))
-    return torch.cat(rows, 2)
+    keys = examine_keys(k, mask, size, False)
+    rows = [(row, row + 1) for row in range(whole + (rest > 0))] or [(0, 0)]
+    found = [estimate(q, k, mask, size, row, keys, None).mass for row in rows]
+    return torch.cat(found, 2)
 
 
 def _divergence(gate: BlockGate, lesson: _Lesson) -> Tensor:

@@ -345,7 +345,9 @@ def _sparse(call: Call, options: dict[str, Any], remainder: bool) -> Tensor:
     # The kernel counts queries and keys from the same place.
     if short or (call.q_start and (call.spec.causal or call.spec.window is not None)):
         return _dense(call)
-    index = build_block_index(call.q, call.k, mask=call.spec, **options)
+    known = remainder and SparsePattern.of(options["pattern"]).by_content
+    choice = options | {"mask": call.spec, "remainder": known}
+    index = build_block_index(call.q, call.k, **choice)
     out = block_sparse_attention(
         *(call.q, call.k, call.v, index, call.spec),
         scale=call.scale,

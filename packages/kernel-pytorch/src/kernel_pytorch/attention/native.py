@@ -29,7 +29,7 @@ from torch import Tensor
 from torchworks_core.errors import OutOfMemory
 
 FOLDER = Path(__file__).resolve().parent.parent / "_native"
-ABI = 1
+ABI = 2
 ISAS = ("generic", "avx2", "avx512")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BAD_ARGUMENT, _NO_MEMORY = 1, 2
@@ -55,6 +55,16 @@ class Arguments(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in _SIZES]
         + [("scale", ctypes.c_double)]
         + [(name, ctypes.c_int64) for name in ("dtype", "isa", "threads")]
+    )
+
+
+class ChoiceArguments(ctypes.Structure):
+    """``kp_choice`` of the same file."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("counts", "blocks", "missed", "logits")]
+        + [(name, ctypes.c_double) for name in ("keep", "coverage")]
+        + [("remainder", ctypes.c_int64)]
     )
 
 
@@ -126,6 +136,48 @@ def call(
         Unusable: there is no library.
     """
     library = _library(FOLDER)
+    args = _arguments(library, tensors, numbers)
+    code = getattr(library, f"kp_bs_{name}")(ctypes.byref(args))
+    return _done(code, f"block_sparse_attention ({name})")
+
+
+def select(
+    tensors: Mapping[str, Tensor | None],
+    results: Mapping[str, Tensor | None],
+    how: Mapping[str, int | float],
+    **numbers: int | float,
+) -> bool:
+    """Run ``kp_bs_select``.
+
+    Args:
+        tensors: q and k, which may be strided in all but the last dimension, and the
+            mask's tensors.
+        results: The pointer fields of `ChoiceArguments`, contiguous.
+        how: Its other fields.
+        **numbers: As for `call`.
+
+    Returns:
+        As `call`.
+
+    Raises:
+        OutOfMemory: the kernel found no room for its buffers.
+        Unusable: there is no library.
+    """
+    library = _library(FOLDER)
+    args = _arguments(library, tensors, numbers)
+    choice = ChoiceArguments(**how)
+    for field, tensor in results.items():
+        if tensor is not None:
+            setattr(choice, field, tensor.data_ptr())
+    code = library.kp_bs_select(ctypes.byref(args), ctypes.byref(choice))
+    return _done(code, "build_block_index")
+
+
+def _arguments(
+    library: ctypes.CDLL,
+    tensors: Mapping[str, Tensor | None],
+    numbers: Mapping[str, int | float],
+) -> Arguments:
     args = Arguments(isa=_isa(library), threads=threads(), **numbers)
     for field, tensor in tensors.items():
         if tensor is None:
@@ -133,11 +185,13 @@ def call(
         setattr(args, field, tensor.data_ptr())
         if field in _STRIDED:
             setattr(args, f"{field}_stride", (ctypes.c_int64 * 3)(*tensor.stride()[:3]))
-    code = getattr(library, f"kp_bs_{name}")(ctypes.byref(args))
+    return args
+
+
+def _done(code: int, what: str) -> bool:
     if code == _NO_MEMORY:
         why = "the kernel found no room for its copies of keys, values and gradients"
-        do = "Use shorter inputs or fewer threads"
-        raise OutOfMemory(f"block_sparse_attention ({name})", why, do)
+        raise OutOfMemory(what, why, "Use shorter inputs or fewer threads")
     return code != _BAD_ARGUMENT
 
 
@@ -165,13 +219,14 @@ def _load(folder: Path) -> ctypes.CDLL | str:
         if digest != record.get("sha256"):
             return f"{path.name} is not the file that was built: it is corrupt"
         library = ctypes.CDLL(str(path))
-        size = ctypes.c_int64()
-        found = library.kp_abi(ctypes.byref(size)), size.value
+        bytes_ = ctypes.c_int64()
+        found = library.kp_abi(ctypes.byref(bytes_)), bytes_.value
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing: the kernel was not built"
     except (OSError, ValueError, AttributeError) as broken:
         return f"the library can't be loaded: {broken}"
-    if found != (ABI, ctypes.sizeof(Arguments)):
+    size = ctypes.sizeof(Arguments) + ctypes.sizeof(ChoiceArguments)
+    if found != (ABI, size):
         return "the library was built for another version of kernel-pytorch"
     return library
 

@@ -78,6 +78,7 @@ def build_block_index(
     stride: int | None = None,
     generator: torch.Generator | None = None,
     gate: Callable[[Tensor, Tensor], Tensor] | None = None,
+    remainder: bool = False,
 ) -> BlockIndex:
     """Choose the blocks of keys for each block of queries.
 
@@ -88,7 +89,7 @@ def build_block_index(
     - LOCAL_GLOBAL: the first ``global_blocks`` columns, then the nearest. Without
       ``mask.causal`` the first ``global_blocks`` rows keep every admissible block.
     - DYNAMIC_THRESHOLD: the blocks of highest estimated attention mass, and for a
-      tenth of the budget those of the highest bound on mean query times key.
+      tenth of the budget those to which a single query gives the most.
     - LEARNED: the same, with the gate's logits added to the logarithm of the mass.
 
     Args:
@@ -109,6 +110,8 @@ def build_block_index(
         generator: For RANDOM; torch's default one if None.
         gate: For LEARNED: ``gate(q, k)`` gives logits [B, H, Tq, Tk]. LEARNED without
             one acts as DYNAMIC_THRESHOLD.
+        remainder: For DYNAMIC_THRESHOLD and LEARNED: choose for an attention with
+            ``remainder=True``; see `selection.select_blocks`.
 
     Returns:
         Lists of [1|B, H, Tq]; without a gradient.
@@ -128,6 +131,9 @@ def build_block_index(
     check_choice(q, k, sparsity_ratio, block_size, coverage)
     pattern = SparsePattern.of(pattern)
     _check_options(pattern, coverage, window_blocks, global_blocks, stride, gate)
+    if remainder and not pattern.by_content:
+        why = f"{pattern.name} looks at positions alone"
+        raise InvalidValue("remainder=True", why)
     mask = MaskSpec() if mask is None else mask
     if pattern.by_content:
         return select_blocks(
@@ -138,6 +144,7 @@ def build_block_index(
             block_size=block_size,
             coverage=coverage,
             block_logits=None if gate is None else gate(q, k),
+            remainder=remainder,
         ).index
     seen = admissible_blocks(q, k, mask, block_size)
     budget = budgets(seen, sparsity_ratio)

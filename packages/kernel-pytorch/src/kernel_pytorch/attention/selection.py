@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which blocks of keys matter, judged by the content of queries and keys.
 
-For each block of queries every 8th one (at least two) is compared with all keys; the
-softmax weights, summed by block of keys, estimate the attention mass of each block.
-That is exact for the sampled queries. Decisions:
+`estimate` says what each block of keys weighs for some queries of each block of
+queries; here blocks are chosen by it. Decisions:
 
-- The sampled queries of a block are the last of each eight, so that under a causal
-  mask they see what the others see.
-- The budget's last tenth goes to the blocks with the highest bound on mean query
-  times key, from per-channel extremes (as in Quest, arXiv:2406.10774), where the
-  sample may have missed a strong key. It's no promise: a key that a single query
-  wants, and no sampled one, may be dropped.
+- The budget goes to the highest mean weights, but its last tenth to the highest weight
+  that any one query gives, so that a key that a single query wants isn't lost in the
+  mean of its block.
+- With the compressed remainder, what counts is the weight that the remainder would not
+  stand for: a block whose keys are all wanted alike is well replaced by its mean.
+- float32 and bfloat16 on the CPU go to the C kernel, if it is there and has that block
+  size; other types and devices, and a bias, take the path in torch.
 - Rows are taken in chunks, so the logits of one chunk are the largest tensor made.
 - Nothing here has a gradient: choosing isn't differentiable.
 """
@@ -25,18 +25,23 @@ from torch import Tensor
 
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.blocks import check_qkv, lse_dtype
+from kernel_pytorch.attention.estimate import (
+    EVERY,
+    Estimate,
+    estimate,
+    examine_keys,
+)
 from kernel_pytorch.attention.masks import (
     EMPTY,
-    FULL,
     INF,
     LaidMask,
     MaskSpec,
     Tile,
 )
+from kernel_pytorch.attention.native_selection import Choice, fits, select_native
 from kernel_pytorch.attention.partial import lay_mask
 from torchworks_core.errors import InvalidValue
 
-EVERY = 8
 _CHUNK = 2**21
 
 
@@ -45,9 +50,9 @@ class Selection(NamedTuple):
 
     Args:
         index: The blocks, for each batch entry and head.
-        missed_mass: Float [B, H, Tq] in [0, 1]: the share of the sampled queries'
-            softmax that lies outside the chosen blocks. 0 where no sampled query
-            sees a key.
+        missed_mass: Float [B, H, Tq] in [0, 1]: the share of the examined queries'
+            softmax outside as many blocks, chosen by one half of these queries and
+            measured by the other. 0 where no examined query sees a key.
     """
 
     index: BlockIndex
@@ -64,6 +69,7 @@ def select_blocks(
     block_size: int = 64,
     coverage: float | None = None,
     block_logits: Tensor | None = None,
+    remainder: bool = False,
 ) -> Selection:
     """Choose blocks of keys by their estimated attention mass.
 
@@ -74,12 +80,18 @@ def select_blocks(
         sparsity_ratio: In [0, 0.95]; see `budgets`.
         block_size: Tokens in a block.
         coverage: In (0, 1]: keep the fewest blocks whose estimated mass reaches this
-            share, instead of a fixed number. A row of which no sampled query sees a
-            key keeps every admissible block.
+            share, instead of a fixed number, where what one half of the examined
+            queries chooses is measured by the other. A row of which none sees a key
+            keeps every admissible block.
         block_logits: [B, H, Tq, Tk], added to the logarithm of the estimated mass.
+        remainder: Choose for an attention with ``remainder=True``: by the mass that
+            the dropped blocks' means would not stand for. With ``coverage`` the
+            mass itself counts.
 
     Raises:
         InvalidValue: a number is out of its range, or shapes don't fit.
+        NotImplementedError: ``remainder`` with a bias, as in the attention.
+        OutOfMemory: no room for the kernel's buffers.
 
     Example:
         >>> q, k = torch.randn(2, 1, 2, 256, 8)
@@ -89,34 +101,59 @@ def select_blocks(
     """
     check_choice(q, k, sparsity_ratio, block_size, coverage)
     mask = MaskSpec() if mask is None else mask
-    open_blocks = admissible_blocks(q, k, mask, block_size)
-    sizes = *q.shape[:2], *open_blocks.shape[2:]
+    if not torch.compiler.is_compiling():
+        lay_mask(mask, q, k)
+    if remainder and mask.bias is not None:
+        raise NotImplementedError(
+            "remainder=True with mask.bias: whether a dropped block may enter by its "
+            "mean can't be told from a bias. Leave one of them out."
+        )
+    sizes = *q.shape[:2], -(-q.shape[2] // block_size), -(-k.shape[2] // block_size)
     if block_logits is not None and block_logits.shape != sizes:
         shape = f"block logits of shape {tuple(block_logits.shape)}"
         raise InvalidValue(shape, f"q, k and blocks of {block_size} need {sizes}")
-    budget = budgets(open_blocks, sparsity_ratio)
-    # Once, not in each chunk.
+    choice = Choice(block_size, 1 - sparsity_ratio, coverage, remainder)
+    run = select_native if fits(q, k, mask, block_size) else _select_by_torch
+    counts, blocks, missed = run(q, k, mask, block_logits, choice)
+    index = BlockIndex(counts, blocks, block_size, q.shape[2], k.shape[2])
+    return Selection(index, missed)
+
+
+def _select_by_torch(
+    q: Tensor, k: Tensor, mask: MaskSpec, block_logits: Tensor | None, choice: Choice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The lists' counts and blocks, and the missed mass."""
+    size = choice.block_size
+    open_blocks = admissible_blocks(q, k, mask, size)
+    full = full_blocks(q, k, mask, size) if choice.remainder else None
+    sizes = *q.shape[:2], *open_blocks.shape[2:]
+    budget = _share(open_blocks, choice.keep)
     k = k.to(lse_dtype(k))
+    keys = examine_keys(k, mask, size, choice.remainder)
     kept = torch.zeros(sizes, dtype=torch.bool, device=q.device)
     missed = torch.zeros(sizes[:3], dtype=lse_dtype(q), device=q.device)
-    low, high = _extremes(k, mask, block_size)
-    for first, end in _chunks(q, k, block_size):
-        mass = block_mass(q, k, mask, block_size, first, end)
-        score, seen = mass, open_blocks[:, :, first:end].expand_as(mass)
-        if block_logits is not None:
-            score = _gated(mass, block_logits[:, :, first:end], seen)
+    for first, end in _chunks(q, k, size) if sizes[3] else ():
+        rows = slice(first, end)
+        own = None if full is None else full[:, :, rows]
+        found = estimate(q, k, mask, size, (first, end), keys, own)
+        seen = open_blocks[:, :, rows].expand_as(found.mass)
         forced = _diagonal(seen, first) if mask.causal else None
-        if coverage is None:
-            bound = _bound(q, low, high, block_size, first, end)
-            slots = budget[:, :, first:end].expand(mass.shape[:3])
-            chosen = _by_budget(score, bound, seen, slots, forced)
-        else:
-            chosen = _by_coverage(score, seen, coverage, forced)
-        kept[:, :, first:end] = chosen
-        total = mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
-        missed[:, :, first:end] = mass.masked_fill(chosen, 0.0).sum(-1) / total
-    index = BlockIndex.from_block_mask(kept, block_size, q.shape[2], k.shape[2])
-    return Selection(index, missed)
+        score = found.mass if choice.coverage is not None else found.lost
+        slots = budget[:, :, rows].expand(score.shape[:3])
+        logits = None if block_logits is None else block_logits[:, :, rows]
+        held = _held(found, seen, logits, forced)
+        if choice.coverage is not None:
+            slots = _covering(held, seen, choice.coverage)
+        if logits is not None:
+            score = _gated(score, logits, seen)
+        peak = None if choice.coverage is not None else found.peak
+        kept[:, :, rows] = _best(score, peak, seen, slots, forced)
+        at = (slots - 1).clamp_min(0)[..., None]
+        missed[:, :, rows] = 1 - held.gather(-1, at)[..., 0]
+        empty = found.mass.sum(-1) == 0
+        missed[:, :, rows] = missed[:, :, rows].masked_fill(empty, 0.0)
+    index = BlockIndex.from_block_mask(kept, size, q.shape[2], k.shape[2])
+    return index.counts, index.blocks, missed
 
 
 def admissible_blocks(q: Tensor, k: Tensor, mask: MaskSpec, block_size: int) -> Tensor:
@@ -125,10 +162,25 @@ def admissible_blocks(q: Tensor, k: Tensor, mask: MaskSpec, block_size: int) -> 
     Raises:
         InvalidValue: the mask doesn't fit q and k.
     """
+    return _blocks(q, k, mask, block_size, False)
+
+
+def full_blocks(q: Tensor, k: Tensor, mask: MaskSpec, block_size: int) -> Tensor:
+    """Blocks of which every query sees every key, bool [B|1, H|1, Tq, Tk].
+
+    Raises:
+        InvalidValue: the mask doesn't fit q and k.
+    """
+    return _blocks(q, k, mask, block_size, True)
+
+
+def _blocks(
+    q: Tensor, k: Tensor, mask: MaskSpec, block_size: int, whole: bool
+) -> Tensor:
     laid, q_len, kv_len = lay_mask(mask, q, k), q.shape[2], k.shape[2]
     rows, columns = -(-q_len // block_size), -(-kv_len // block_size)
     if not mask.tensors():
-        return _by_position(laid, q_len, kv_len, block_size).to(q.device)
+        return _by_position(laid, q_len, kv_len, block_size, whole).to(q.device)
     leading = [1, 1]
     for name, part in mask.tensors().items():
         wide = (1,) * (4 - part.ndim) + part.shape if name == "bias" else part.shape
@@ -140,12 +192,18 @@ def admissible_blocks(q: Tensor, k: Tensor, mask: MaskSpec, block_size: int) -> 
         first, end = laid.keys_of(q0, q1)
         if first >= end:
             continue
+        # Whole blocks: what lies beyond is hidden and counts as such.
         first = first // block_size * block_size
+        end = min(-(-end // block_size) * block_size, kv_len)
         tile = laid.tile(q0, q1, first, end)
         if tile is EMPTY:
             continue
-        seen = _seen(tile, end - first).any(2)
-        seen = _by_block(seen, block_size).any(-1)
+        seen = _seen(tile, end - first)
+        seen = seen.all(2) if whole else seen.any(2)
+        short = (0, -seen.shape[-1] % block_size)
+        seen = torch.nn.functional.pad(seen, short, value=whole)
+        seen = seen.unflatten(-1, (-1, block_size))
+        seen = seen.all(-1) if whole else seen.any(-1)
         at = first // block_size
         found[:, :, row, at : at + seen.shape[-1]] = seen
     return found
@@ -161,8 +219,12 @@ def budgets(admissible: Tensor, sparsity_ratio: float) -> Tensor:
         >>> budgets(torch.ones(1, 1, 1, 32, dtype=torch.bool), 0.9).item()
         3
     """
+    return _share(admissible, 1 - sparsity_ratio)
+
+
+def _share(admissible: Tensor, keep: float) -> Tensor:
     count = admissible.sum(-1)
-    share = ((1 - sparsity_ratio) * count.double()).round().long()
+    share = (keep * count.double()).round().long()
     return torch.minimum(share.clamp_min(1), count)
 
 
@@ -184,52 +246,6 @@ def keep_best(scores: Tensor, admissible: Tensor, budget: Tensor) -> Tensor:
     best = (place < budget[..., None]).expand_as(order)
     kept = torch.zeros_like(admissible, memory_format=torch.contiguous_format)
     return kept.scatter_(-1, order, best) & admissible
-
-
-def block_mass(
-    q: Tensor, k: Tensor, mask: MaskSpec, block_size: int, first: int, end: int
-) -> Tensor:
-    """Mean softmax weight of each block of keys over the sampled queries of a block.
-
-    Args:
-        q: [B, H, Nq, D].
-        k: [B, Hkv, Nk, D].
-        mask: As for the attention itself.
-        block_size: Tokens in a block.
-        first: First block of queries.
-        end: End of them (excluded); all of them must be equally long.
-
-    Returns:
-        [B, H, end - first, Tk], float32 (float64 for float64); each row sums to 1, or
-        to 0 if its sampled queries see no key.
-    """
-    (batch, heads, q_len, dim), (_, groups, kv_len, _) = q.shape, k.shape
-    length = min(block_size, q_len - first * block_size)
-    rows = _sampled(length)[None] + torch.arange(first, end)[:, None] * block_size
-    rows = rows.flatten()
-    kind = lse_dtype(q)
-    mass = q.new_zeros(batch, heads, end - first, -(-kv_len // block_size), dtype=kind)
-    lay = lay_mask(mask, q, k)
-    start, stop = lay.keys_of(first * block_size, min(end * block_size, q_len))
-    start = start // block_size * block_size
-    if start >= stop:
-        return mass
-    picked = q[:, :, rows.to(q.device)].to(kind) * max(dim, 1) ** -0.5
-    picked = picked.reshape(batch, groups, -1, dim)
-    logits = picked @ k[:, :, start:stop].to(kind).transpose(2, 3)
-    logits = logits.view(batch, heads, len(rows), stop - start)
-    logits = _masked(logits, mask.lay(rows, range(kv_len)), start, first * block_size)
-    top = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(top.masked_fill(top == -INF, 0.0)).exp_()
-    by_block = _by_block(weights, block_size).sum(-1)
-    total = by_block.sum(-1, keepdim=True)
-    by_block = by_block / total.masked_fill(total == 0, 1.0)
-    by_block = by_block.unflatten(2, (end - first, -1)).sum(3)
-    alive = by_block.sum(-1, keepdim=True)
-    at = start // block_size
-    by_block = by_block / alive.masked_fill(alive == 0, 1.0)
-    mass[..., at : at + by_block.shape[-1]] = by_block
-    return mass
 
 
 def check_choice(
@@ -257,16 +273,10 @@ def check_sparsity(ratio: float, block_size: int, coverage: float | None) -> Non
         raise InvalidValue(f"coverage={coverage!r}", "it must be None or in (0, 1]")
 
 
-def _sampled(length: int) -> Tensor:
-    """Offsets of the sampled queries in a block: every 8th, at least two."""
-    count = min(length, max(2, -(-length // EVERY)))
-    return (torch.arange(count) + 1) * length // count - 1
-
-
 def _chunks(q: Tensor, k: Tensor, block_size: int) -> Iterator[tuple[int, int]]:
     """Ranges of query blocks, all of one length, whose logits stay small."""
     whole, rest = divmod(q.shape[2], block_size)
-    sampled = len(_sampled(min(block_size, q.shape[2])))
+    sampled = max(2, -(-block_size // EVERY))
     each = q.shape[0] * q.shape[1] * sampled * k.shape[2]
     step = max(1, _CHUNK // max(1, each))
     for first in range(0, whole, step):
@@ -275,11 +285,15 @@ def _chunks(q: Tensor, k: Tensor, block_size: int) -> Iterator[tuple[int, int]]:
         yield whole, whole + 1
 
 
-def _by_position(laid: LaidMask, q_len: int, kv_len: int, size: int) -> Tensor:
-    """`admissible_blocks` of a mask that knows nothing but positions."""
+def _by_position(
+    laid: LaidMask, q_len: int, kv_len: int, size: int, whole: bool
+) -> Tensor:
+    """`_blocks` of a mask that knows nothing but positions."""
     low, high = laid.span
     q0, k0 = torch.arange(0, q_len, size)[:, None], torch.arange(0, kv_len, size)
     q1, k1 = (q0 + size).clamp(max=q_len) - 1, (k0 + size).clamp(max=kv_len) - 1
+    if whole:
+        return ((q0 - k1 >= low) & (q1 - k0 <= high))[None, None]
     return ((q1 - k0 >= low) & (q0 - k1 <= high))[None, None]
 
 
@@ -289,62 +303,6 @@ def _seen(tile: Tile | Tensor, keys: int) -> Tensor:
         return torch.ones(1, 1, 1, keys, dtype=torch.bool)
     seen = tile if tile.dtype == torch.bool else tile != -INF
     return seen.expand(-1, -1, -1, keys)
-
-
-def _by_block(t: Tensor, size: int) -> Tensor:
-    """Split the last dimension in blocks, the last one filled up with 0."""
-    short = -t.shape[-1] % size
-    t = torch.nn.functional.pad(t, (0, short)) if short else t
-    return t.unflatten(-1, (-1, size))
-
-
-def _masked(logits: Tensor, laid: LaidMask, start: int, diagonal: int) -> Tensor:
-    """Apply the mask to logits of the laid rows and keys from ``start`` on."""
-    stop = start + logits.shape[-1]
-    # Under a causal mask all keys before the first query are seen: no work for them.
-    cut = min(max(diagonal, start), stop) if laid.causal else stop
-    for k0, k1 in ((start, cut), (cut, stop)):
-        if k0 >= k1:
-            continue
-        tile, part = laid.tile(0, len(laid.rows), k0, k1), logits[..., k0 - start :]
-        part = part[..., : k1 - k0]
-        if tile is EMPTY:
-            part.fill_(-INF)
-        elif isinstance(tile, Tensor):
-            tile = tile.to(logits.device)
-            if tile.dtype != torch.bool:
-                part.add_(tile)
-            part.masked_fill_(~_seen(tile, k1 - k0), -INF)
-        else:
-            assert tile is FULL
-    return logits
-
-
-def _extremes(k: Tensor, mask: MaskSpec, size: int) -> tuple[Tensor, Tensor]:
-    """Lowest and highest key of each block by channel, [B, Hkv, Tk, D]."""
-    ends = []
-    for sign in (-1, 1):
-        keys = k.to(lse_dtype(k)) * sign
-        if mask.key_padding is not None:
-            hidden = ~mask.key_padding[:, None, : k.shape[2], None]
-            keys = keys.masked_fill(hidden, -INF)
-        short = -k.shape[2] % size
-        keys = torch.nn.functional.pad(keys, (0, 0, 0, short), value=-INF)
-        ends.append(keys.unflatten(2, (-1, size)).amax(3) * sign)
-    low, high = (t.masked_fill(t.isinf(), 0.0) for t in ends)
-    return low, high
-
-
-def _bound(
-    q: Tensor, low: Tensor, high: Tensor, size: int, first: int, end: int
-) -> Tensor:
-    """No key of a block times the mean query exceeds this, [B, H, rows, Tk]."""
-    rows = q[:, :, first * size : end * size].to(low.dtype)
-    mean = rows.unflatten(2, (end - first, -1)).mean(3)
-    mean = mean.unflatten(1, (low.shape[1], -1)).flatten(2, 3)
-    up, down = mean.clamp_min(0.0), mean.clamp_max(0.0)
-    bound = up @ high.transpose(2, 3) + down @ low.transpose(2, 3)
-    return bound.view(*q.shape[:2], end - first, low.shape[2])
 
 
 def _gated(mass: Tensor, logits: Tensor, seen: Tensor) -> Tensor:
@@ -362,29 +320,52 @@ def _diagonal(seen: Tensor, first: int) -> Tensor:
     return seen & (row == torch.arange(columns, device=seen.device))
 
 
-def _by_budget(
-    score: Tensor, bound: Tensor, seen: Tensor, budget: Tensor, forced: Tensor | None
+def _best(
+    score: Tensor,
+    peak: Tensor | None,
+    seen: Tensor,
+    budget: Tensor,
+    forced: Tensor | None,
 ) -> Tensor:
-    # What can't be judged comes first, but after what is kept in any case.
-    most = torch.finfo(score.dtype).max
-    score, bound = (t.nan_to_num(most, most) for t in (score, bound))
-    if forced is not None:
-        score = score.masked_fill(forced, INF)
+    """Mark the best of each row by score, and where there are peaks some by these."""
+    score = _first(score, forced)
+    if peak is None:
+        return keep_best(score, seen, budget)
     best = keep_best(score, seen, budget - (budget + 5) // 10)
-    return keep_best(bound.masked_fill(best, INF), seen, budget)
+    return keep_best(_first(peak, best), seen, budget)
 
 
-def _by_coverage(
-    score: Tensor, seen: Tensor, coverage: float, forced: Tensor | None
+def _held(
+    found: Estimate, seen: Tensor, logits: Tensor | None, forced: Tensor | None
 ) -> Tensor:
-    score = score.double().masked_fill(~seen, 0.0)
-    first = score if forced is None else score.masked_fill(forced, INF)
-    order = first.argsort(dim=-1, descending=True, stable=True)
-    running = score.gather(-1, order).cumsum(-1)
-    total = running[..., -1:]
-    before = torch.nn.functional.pad(running, (1, 0))[..., :-1]
-    # Written so that NaN, and a row without a score, keep everything.
-    wanted = ~(before >= coverage * total) | (total == 0)
-    if forced is not None:
-        wanted = wanted | forced.gather(-1, order)
-    return torch.zeros_like(wanted).scatter_(-1, order, wanted) & seen
+    """Share of the mass in the best n blocks, float64 [B, H, rows, Tk] for n = 1...
+
+    Those that one half of the queries chooses are measured by the other: judged by the
+    queries that chose them, they would look better than they are.
+    """
+    one, other = found.halves
+    empty = ~((one.sum(-1) > 0) & (other.sum(-1) > 0))[..., None]
+    one, other = (torch.where(empty, found.mass, t) for t in (one, other))
+    share = torch.zeros_like(one, dtype=torch.float64)
+    for ours, theirs in ((one, other), (other, one)):
+        score = ours if logits is None else _gated(ours, logits, seen)
+        score = _first(score, forced).masked_fill(~seen, -INF)
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        running = theirs.double().gather(-1, order).cumsum(-1)
+        share += running / running[..., -1:] / 2
+    return share
+
+
+def _covering(held: Tensor, seen: Tensor, coverage: float) -> Tensor:
+    """The fewest blocks that hold the share; all where there is no mass, or a NaN."""
+    count = seen.sum(-1)
+    few = (held < coverage).sum(-1) + 1
+    few = torch.where(held[..., -1].isnan(), count, few)
+    return torch.minimum(few, count)
+
+
+def _first(score: Tensor, forced: Tensor | None) -> Tensor:
+    """Put what is kept in any case first, and then what can't be judged."""
+    most = torch.finfo(score.dtype).max
+    score = score.nan_to_num(most, most)
+    return score if forced is None else score.masked_fill(forced, INF)

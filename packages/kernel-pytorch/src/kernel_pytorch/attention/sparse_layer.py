@@ -42,7 +42,7 @@ class SparsityStats:
         kernel: ``"native-avx512"``, ``"native-avx2"``, ``"native-generic"``,
             ``"triton"`` or ``"reference"``.
         estimated_missed_mass: Mean share of the softmax outside the blocks, estimated
-            from sampled queries; None for patterns that look at positions alone.
+            from some queries; None for patterns that look at positions alone.
     """
 
     requested_sparsity: float | None
@@ -228,6 +228,7 @@ class DynamicSparseAttention(ProjectedAttention):
                 block_size=self.block_size,
                 coverage=self.coverage,
                 block_logits=None if self.gate is None else self.gate(q, k),
+                remainder=self.remainder,
             )
             return found.index, found.missed_mass
         generator = None
