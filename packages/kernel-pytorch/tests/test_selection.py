@@ -210,6 +210,20 @@ def test_every_mask(path, lengths):
             check(found, q, k, mask, 16, grouped=grouped)
 
 
+def test_a_far_key_counts_only_for_who_sees_it(path):
+    """The last query of a block wants a key that the mask leaves to the first only."""
+    q, k = inputs(320, heads=1, batch=1, dim=16)
+    way = torch.nn.functional.normalize(torch.randn(16), dim=0)
+    ids = torch.full((1, 320), 9)
+    ids[:, 80:88], ids[:, 160] = 7, 7
+    for parts, at in (({"window": 90}, 85), ({"documents": ids}, 84)):
+        keys, queries = k.clone(), q.clone()
+        keys[0, 0, at], queries[0, 0, 175] = way * 20, way * 20
+        mask = MaskSpec(**parts)
+        found = select_blocks(queries, keys, mask, sparsity_ratio=0.4, block_size=16)
+        check(found, queries, keys, mask, 16, share=0.6)
+
+
 def test_native_is_the_torch_path():
     """Larger than the loops above can be: other tiles, groups of heads, a gate."""
     torch.manual_seed(0)
