@@ -146,7 +146,7 @@ def selection() -> Iterable[dict]:
     for share, goal in (("10 %", 0.30), ("25 %", 0.17)):
         dropped = errors[f"{share}, dropped"]
         yield {
-            "measure": f"error on a MiniLM encoder, N=512, {share} of blocks of 16 kept",
+            "measure": f"error on MiniLM, N=512, {share} of blocks of 16 kept",
             "value": errors[share],
             "unit": "relative, with the remainder",
             "goal": f"<= {goal:.2f}",
@@ -154,12 +154,13 @@ def selection() -> Iterable[dict]:
         }
     for share in (0.9, 0.95):
         found = quality.coverage(layers, share)
+        kept, said = 100 * found["density"], found["said"]
         yield {
             "measure": f"mass that coverage={share} holds, MiniLM",
             "value": found["held"],
             "unit": "of the softmax",
             "goal": f">= {share}",
-            "note": f"{100 * found['density']:.0f} % of the blocks; said {found['said']:.3f}",
+            "note": f"{kept:.0f} % of the blocks; said {said:.3f}",
         }
     found = quality.needles()
     for who, count in found.items():
