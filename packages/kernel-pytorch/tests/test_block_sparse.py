@@ -3,7 +3,9 @@
 
 import math
 import multiprocessing
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from kernel_pytorch.attention import block_sparse, native
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_sparse import block_sparse_attention, kernel_for
 from kernel_pytorch.attention.masks import MaskSpec
+
+sys.path.insert(0, str(Path(__file__).parent))
+from reference import dense_attention
 
 BEST = native.native_status().isa
 ISAS = native.ISAS[: native.ISAS.index(BEST) + 1] if BEST else ()
@@ -466,6 +471,36 @@ def test_a_compiled_call_reads_nothing_outside():
     parts = (index.counts, index.blocks, None, None, None, None, None)
     with pytest.raises(ValueError, match="k and v must be alike"):
         raw(q, k, v[:, :, :5], *parts, *numbers)
+
+
+# torch makes its own forward-mode formulas by it.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_no_formula_is_refused(dtype):
+    q, k, v = torch.randn(3, 1, 2, 64, 8, dtype=dtype).unbind()
+    kept = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    index = BlockIndex.from_block_mask(kept, 16, 64, 64)
+    q.requires_grad_()
+    out = block_sparse_attention(q, k, v, index)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.square().sum().backward()
+    q = q.detach()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: block_sparse_attention(q, k, v, index), (q,), (q,))
+    with pytest.raises(ValueError, match="scale=nan"):
+        block_sparse_attention(q, k, v, index, scale=float("nan"))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_scales_that_are_not_positive(kernel, scale):
+    q, k, v = torch.randn(3, 1, 2, 64, 8).unbind()
+    kept = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    index = BlockIndex.from_block_mask(kept, 16, 64, 64)
+    mask = MaskSpec(causal=True)
+    out = block_sparse_attention(q, k, v, index, mask, scale=scale)
+    want, _ = dense_attention(q, k, v, mask, scale)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.fast

@@ -325,3 +325,24 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(grad.sum(), q)
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-30])
+@pytest.mark.parametrize("causal", [False, True])
+def test_any_finite_scale(scale, causal):
+    tensors = [torch.randn(1, 2, 65, 16) for _ in range(3)]
+    mask, d_out = MaskSpec(causal=causal), torch.randn(1, 2, 65, 16)
+    found = gradients(
+        lambda *t: partial_attention(*t, mask, scale=scale), tensors, d_out
+    )
+    wanted = gradients(
+        lambda *t: dense_attention(*t, mask, scale),
+        [t.double() for t in tensors],
+        d_out,
+    )
+    pairs = zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="scale=inf"):
+        partial_attention(*tensors, scale=float("inf"))

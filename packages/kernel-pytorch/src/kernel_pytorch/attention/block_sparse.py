@@ -18,11 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernel_pytorch.attention import native, triton_launch
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_reference import Problem, backward, forward
-from kernel_pytorch.attention.blocks import autocast_enabled, check_qkv
+from kernel_pytorch.attention.blocks import (
+    autocast_enabled,
+    check_qkv,
+    checked_scale,
+)
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.partial import lay_mask, refuse_trained_bias
 from torchworks_core.errors import InvalidValue
@@ -85,6 +90,7 @@ def block_sparse_attention(
     q, k, v = _autocast(q, k, v)
     check_qkv(q, k, v)
     _check_index(q, k, index)
+    _refuse_forward_mode(q, k, v)
     mask = MaskSpec() if mask is None else mask
     refuse_trained_bias(mask)
     # Dynamo can't trace the mask's own checks; the operator repeats what is unsafe.
@@ -113,7 +119,7 @@ def block_sparse_attention(
         index.block_size,
         mask.causal,
         window,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        checked_scale(scale, q.shape[-1]),
     )
     return (out, lse) if return_lse else out
 
@@ -198,6 +204,12 @@ def _differentiate(ctx, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ..
     return *grads[:3], None, None, None, None, None, *extra, None, None, None, None
 
 
+def _refuse_twice(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "second derivatives of block-sparse attention: its gradient has none"
+    )
+
+
 # By hand and not by ``torch.library.custom_op``: its first call imports all of
 # torch._dynamo, which takes seconds.
 _PROBLEM = (
@@ -221,6 +233,7 @@ for _name, _run, _fake in (
     torch.library.impl(_name, "CompositeExplicitAutograd", _run)
     torch.library.register_fake(_name, _fake)
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
+torch.library.register_autograd(_BACKWARD, _refuse_twice)
 
 
 def _fits(q: Tensor, block_size: int, has_bias: bool) -> bool:
@@ -333,6 +346,17 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     kind = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.float16, torch.bfloat16)
     return [t.to(kind) if t.dtype in narrow else t for t in tensors]
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """Raise for tangents, which an operator without a formula would drop in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "forward-mode differentiation (jvp) of block-sparse attention: it has "
+            "gradients by backward only"
+        )
 
 
 def _check_index(q: Tensor, k: Tensor, index: BlockIndex) -> None:

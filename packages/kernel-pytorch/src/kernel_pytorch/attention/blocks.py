@@ -18,6 +18,7 @@ file that touches torch's private attention ops. Decisions:
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,8 @@ def backend_of(q: Tensor, k: Tensor, block: Block) -> str:
         >>> backend_of(q, q, Block(1.0))
         'reference'
     """
-    if block.strict or q.dtype == torch.float64:
+    # The fused kernels put -inf on scores before they are scaled.
+    if block.strict or q.dtype == torch.float64 or block.scale <= 0:
         return "reference"
     if q.device.type == "cpu":
         return "cpu-flash" if _cpu_flash_works() else "reference"
@@ -144,6 +146,19 @@ def backend_of(q: Tensor, k: Tensor, block: Block) -> str:
 def lse_dtype(q: Tensor) -> torch.dtype:
     """Return fp64 for fp64 and fp32 for everything else."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def checked_scale(scale: float | None, dim: int) -> float:
+    """Return the factor of the scores, 1 / sqrt(dim) for None.
+
+    Raises:
+        InvalidValue: it isn't finite.
+    """
+    if scale is None:
+        return max(dim, 1) ** -0.5
+    if not math.isfinite(scale):
+        raise InvalidValue(f"scale={scale!r}", "it must be a finite number")
+    return float(scale)
 
 
 def autocast_enabled(kind: str) -> bool:

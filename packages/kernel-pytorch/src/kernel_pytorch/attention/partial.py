@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernel_pytorch.attention.blocks import INF, check_qkv, lse_dtype
+from kernel_pytorch.attention.blocks import (
+    INF,
+    check_qkv,
+    checked_scale,
+    lse_dtype,
+)
 from kernel_pytorch.attention.masks import LaidMask, MaskSpec
 from kernel_pytorch.attention.tiling import backward, forward
 from torchworks_core.errors import InvalidValue
@@ -108,7 +113,7 @@ def blockwise(
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend under a laid mask, with autograd; see `partial_attention`."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = checked_scale(scale, q.shape[-1])
     return _Blockwise.apply(q, k, v, laid, scale, chunk)
 
 

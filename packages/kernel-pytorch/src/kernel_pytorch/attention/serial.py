@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernel_pytorch.attention.blocks import INF, check_qkv
+from kernel_pytorch.attention.blocks import INF, check_qkv, checked_scale
 from kernel_pytorch.attention.layout import join_shards, shard_length, take_shard
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.partial import lay_mask
@@ -67,7 +67,7 @@ def serial_ring(
     lay_mask(mask, q, k)
     length, world = q.shape[2], len(devices)
     shard_length(length, world, layout)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = checked_scale(scale, q.shape[3])
     plan = ShardPlan(mask.causal, mask.window, world, length, layout, scale)
     return _SerialRing.apply(q, k, v, plan, mask, tuple(map(torch.device, devices)))
 
