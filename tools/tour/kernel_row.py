@@ -95,7 +95,7 @@ def check_padding(story: Story, exact: nn.Module) -> Check:
     return Check(
         f"With padding on the left, too: every logit to {MOST_LOGIT:g}.",
         f"Largest difference of a logit: {worst:.1e}, by {work.calls} calls of "
-        f"{' and '.join(work.backends)}.",
+        f"{' and '.join(sorted(work.backends))}.",
         worst <= MOST_LOGIT and work.calls > 0,
     )
 

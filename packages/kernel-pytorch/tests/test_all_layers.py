@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every layer holds to, whatever its plan."""
 
+import ast
 import copy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +116,30 @@ def test_other_types(name, kind):
     assert error < (1e-12 if kind == torch.float64 else 0.03)
     out.sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.critical
+@every_layer
+@pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min, 0.5])
+def test_masks_to_be_added_are_not_taken_for_flags(name, value):
+    given = torch.zeros(1, 20)
+    given[:, 15:] = value
+    with pytest.raises(ValueError, match=r"Pass a bool mask, or \[batch, 1, 1, keys\]"):
+        LAYERS[name]()(torch.randn(1, 20, 32), attention_mask=given)
+
+
+@pytest.mark.critical
+def test_importing_loads_nothing_that_is_not_asked_for():
+    code = (
+        "import sys, torch; before = set(sys.modules); "
+        "import kernel_pytorch.attention, kernel_pytorch.core; "
+        "print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = ast.literal_eval(done.stdout)
+    heavy = ("torch._dynamo", "torch._inductor", "torch.onnx", "triton", "sympy")
+    heavy += ("transformers", "matplotlib", "torch.distributed.tensor")
+    assert not [name for name in loaded if name.startswith(heavy)]
+    assert len(loaded) < 120

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from torchworks_core.errors import InvalidValue
 
+_INT = (int, torch.SymInt)
+
 
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
@@ -52,8 +54,8 @@ class BlockIndex:
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("q_len", 0), ("kv_len", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or value < least:
-                raise InvalidValue(f"{name}={value!r}", f"it must be >= {least}")
+            if isinstance(value, bool) or not isinstance(value, _INT) or value < least:
+                raise InvalidValue(f"{name}={value!r}", f"it must be an int >= {least}")
         counts, blocks = self.counts, self.blocks
         shapes = f"counts {tuple(counts.shape)}, blocks {tuple(blocks.shape)}"
         if blocks.ndim != 4 or counts.shape != blocks.shape[:3]:

@@ -70,9 +70,9 @@ class Problem:
         return -(-self.k.shape[2] // self.block_size)
 
     def extra_weight(self) -> Tensor:
-        """Logarithm of each key block's length, float32 [Tk]."""
+        """Logarithm of each key block's length, [Tk] in the arithmetic's dtype."""
         start = torch.arange(self.kv_blocks, device=self.q.device) * self.block_size
-        return (self.k.shape[2] - start).clamp(max=self.block_size).float().log()
+        return (self.k.shape[2] - start).clamp(max=self.block_size).to(self.kind).log()
 
 
 class Row(NamedTuple):

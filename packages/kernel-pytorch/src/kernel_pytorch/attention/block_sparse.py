@@ -24,9 +24,9 @@ from kernel_pytorch.attention import native, triton_launch
 from kernel_pytorch.attention.block_index import BlockIndex
 from kernel_pytorch.attention.block_reference import Problem, backward, forward
 from kernel_pytorch.attention.blocks import (
-    autocast_enabled,
     check_qkv,
     checked_scale,
+    in_autocast_dtype,
 )
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.partial import lay_mask, refuse_trained_bias
@@ -87,7 +87,7 @@ def block_sparse_attention(
         >>> bool((out - dense(q, k, v, is_causal=True)).abs().max() < 1e-5)
         True
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = in_autocast_dtype(q, k, v)
     check_qkv(q, k, v)
     _check_index(q, k, index)
     _refuse_forward_mode(q, k, v)
@@ -336,16 +336,6 @@ def _check_problem(p: Problem) -> None:
 def _validate(p: Problem) -> None:
     size, q_len, kv_len = p.block_size, p.q.shape[2], p.k.shape[2]
     BlockIndex(p.counts, p.blocks, size, q_len, kv_len).validate()
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Cast as autocast does for torch's own attention."""
-    device = tensors[0].device.type
-    if not autocast_enabled(device):
-        return list(tensors)
-    kind = torch.get_autocast_dtype(device)
-    narrow = (torch.float32, torch.float16, torch.bfloat16)
-    return [t.to(kind) if t.dtype in narrow else t for t in tensors]
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:

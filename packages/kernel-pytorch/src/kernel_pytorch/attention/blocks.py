@@ -167,6 +167,16 @@ def autocast_enabled(kind: str) -> bool:
     return known and torch.is_autocast_enabled(kind)
 
 
+def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Cast as autocast does for torch's own attention."""
+    device = tensors[0].device.type
+    if not autocast_enabled(device):
+        return list(tensors)
+    kind = torch.get_autocast_dtype(device)
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(kind) if t.dtype in narrow else t for t in tensors]
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise InvalidValue, quoting all shapes, unless q, k and v fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

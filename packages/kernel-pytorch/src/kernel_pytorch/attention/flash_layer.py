@@ -115,7 +115,7 @@ class FlashAttention3(ProjectedAttention):
             query: [B, N, embed_dim].
             key: [B, M, embed_dim]; None is ``query``.
             value: Like ``key``; None is ``key``.
-            attention_mask: [B, M], nonzero = may be attended to; or, with more
+            attention_mask: [B, M], 1 = may be attended to, 0 = not; or, with more
                 dimensions, bool (True = may attend) or float (added to the scores),
                 broadcast to [B, heads, N, M].
 

@@ -165,6 +165,9 @@ def _let_pass(name: str) -> None:
 
 def _attention_function(plan: Callable[[Call], Tensor], sharded: bool) -> Callable:
     """Make what is registered with transformers' ``AttentionInterface``."""
+    # Plans ask masks for their values; in a compiled graph this is a break. Not as a
+    # decorator: that would import torch._dynamo with this file.
+    run = torch.compiler.disable(_run)
 
     def attention_function(
         module: torch.nn.Module,
@@ -194,7 +197,7 @@ def _attention_function(plan: Callable[[Call], Tensor], sharded: bool) -> Callab
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         how = (is_causal, sliding_window, position_bias, scaling, rest)
-        out = _run(plan, sharded, query, key, value, attention_mask, *how)
+        out = run(plan, sharded, query, key, value, attention_mask, *how)
         return out.transpose(1, 2).contiguous(), None
 
     return attention_function
@@ -283,8 +286,6 @@ def _with_bias(
     return MaskSpec(bias=bias + seen)
 
 
-# Plans ask masks for their values; in a compiled graph this is a break.
-@torch.compiler.disable
 def _run(
     plan: Callable[[Call], Tensor],
     sharded: bool,

@@ -163,13 +163,14 @@ def make_mask_function(own: Callable[[Tensor], bool] | None = None) -> Callable:
             from transformers.masking_utils import sdpa_mask
 
             return sdpa_mask(**given)
-        return _mask(own, **given)
+        return describe_lazily(own, **given)
 
+    # Describing a mask asks for values; left out of a compiled graph, it stays lazy.
+    # Not as a decorator: that would import torch._dynamo with this file.
+    describe_lazily = torch.compiler.disable(_mask)
     return mask_function
 
 
-# Describing a mask asks for values; left out of a compiled graph, it stays lazy.
-@torch.compiler.disable
 def _mask(
     own: Callable[[Tensor], bool] | None,
     *,

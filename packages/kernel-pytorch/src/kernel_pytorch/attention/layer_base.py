@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernel_pytorch.attention.masks import MaskSpec
+from kernel_pytorch.attention.masks import MaskSpec, is_abstract
 from torchworks_core.errors import InvalidValue
 
 
@@ -97,7 +97,7 @@ class ProjectedAttention(nn.Module):
         """Join the caller's mask with ``causal`` and ``window``.
 
         Args:
-            given: [B, keys], nonzero = may be attended to; or, with more dimensions,
+            given: [B, keys], 1 = may be attended to, 0 = not; or, with more dimensions,
                 bool (True = may attend), integer likewise, or float (added to the
                 scores), broadcast to [B, heads, queries, keys]; or None.
             batch: B.
@@ -122,9 +122,16 @@ class ProjectedAttention(nn.Module):
             bias = given if given.is_floating_point() else given.bool()
             bias = bias.unsqueeze(1) if bias.ndim == 3 else bias
             return MaskSpec(causal=causal, window=window, bias=bias)
+        what = f"attention_mask {tuple(given.shape)}"
         if given.shape != (batch, keys):
             why = f"two dimensions are [batch, keys] = {(batch, keys)}"
-            raise InvalidValue(f"attention_mask {tuple(given.shape)}", why)
+            raise InvalidValue(what, why)
+        if given.dtype != torch.bool and not is_abstract(given):
+            wrong = given[(given != 0) & (given != 1)]
+            if wrong.numel():
+                why = f"[batch, keys] are 1 (attend) and 0, found {wrong[0].item()}"
+                do = "Pass a bool mask, or [batch, 1, 1, keys] for one that is added"
+                raise InvalidValue(what, why, do)
         return MaskSpec(causal=causal, window=window, key_padding=given != 0)
 
     def check_input(self, x: Tensor, total: int, name: str = "hidden_states") -> None:

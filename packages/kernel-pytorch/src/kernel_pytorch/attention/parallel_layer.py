@@ -130,7 +130,7 @@ class ContextParallelAttention(ProjectedAttention):
 
         Args:
             hidden_states: [B, N, d_model], whole or this rank's shard.
-            attention_mask: [B, N], nonzero = may be attended to; or, with more
+            attention_mask: [B, N], 1 = may be attended to, 0 = not; or, with more
                 dimensions, bool (True = may attend) or float (added to the scores),
                 broadcast to [B, heads, N, N], for shards [B, heads, N, whole N].
             total_length: With shards, the tokens of all of them without padding.

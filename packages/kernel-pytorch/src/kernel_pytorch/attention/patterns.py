@@ -100,7 +100,8 @@ def build_block_index(
         block_size: Tokens in a block.
         mask: The mask that the attention will use; its hidden blocks are never kept.
         coverage: In (0, 1], for DYNAMIC_THRESHOLD and LEARNED: keep the fewest blocks
-            whose estimated mass reaches it; ``sparsity_ratio`` is not read.
+            whose estimated mass reaches it, which holds for the mean of the rows and
+            not for each; ``sparsity_ratio`` is not read.
         window_blocks: For BLOCK_SPARSE, STRIDED and LOCAL_GLOBAL: keep this many
             nearest blocks, and all strided or global ones; ``sparsity_ratio`` is not
             read.

@@ -105,7 +105,7 @@ class RingAttentionLayer(ProjectedAttention):
 
         Args:
             hidden_states: [B, N, d_model]; with a group N is the shard's.
-            attention_mask: [B, N], nonzero = may be attended to; or, with more
+            attention_mask: [B, N], 1 = may be attended to, 0 = not; or, with more
                 dimensions, bool (True = may attend) or float (added to the scores),
                 broadcast to [B, heads, N, N]; with a group [B, heads, N, whole N].
             return_lse: Whether to return log-sum-exp of the scores, too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernel_pytorch.attention.blocks import in_autocast_dtype
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.partial import blockwise, lay_mask
 from torchworks_core.errors import InvalidValue
@@ -47,6 +48,7 @@ def attention(
         >>> bool(torch.allclose(out[:, :, 0], v[:, :, 0]))
         True
     """
+    q, k, v = in_autocast_dtype(q, k, v)
     return attention_with_lse(q, k, v, mask, scale=scale, chunk_size=chunk_size)[0]
 
 

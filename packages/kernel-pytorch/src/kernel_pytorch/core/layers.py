@@ -99,7 +99,7 @@ class AttentionLayer(ProjectedAttention):
 
         Args:
             x: [B, N, d_model].
-            attention_mask: [B, N], nonzero = may be attended to; or, with more
+            attention_mask: [B, N], 1 = may be attended to, 0 = not; or, with more
                 dimensions, bool (True = may attend) or float (added to the scores),
                 broadcast to [B, heads, N, N].
             causal: Whether queries see no later keys.
