@@ -17,6 +17,7 @@ file that touches torch's private attention ops. Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -165,6 +166,13 @@ def autocast_enabled(kind: str) -> bool:
     """Whether autocast is on for a type of device; False where there is none."""
     known = torch.amp.autocast_mode.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off for a type of device, if there is any for it."""
+    if not autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:

@@ -11,13 +11,12 @@ Decisions:
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernel_pytorch.attention.blocks import autocast_enabled
+from kernel_pytorch.attention.blocks import autocast_enabled, without_autocast
 from kernel_pytorch.attention.layer_base import ProjectedAttention, check_count
 from kernel_pytorch.attention.layout import check_layout, resolve
 from kernel_pytorch.attention.masks import MaskSpec
@@ -25,8 +24,6 @@ from kernel_pytorch.attention.projection import Projections, project_and_attend
 from kernel_pytorch.attention.ring import ring_with_lse
 from kernel_pytorch.attention.streaming import attention_with_lse
 from torchworks_core.errors import InvalidValue
-
-_AS_IS = contextlib.nullcontext()
 
 
 class RingAttentionLayer(ProjectedAttention):
@@ -142,7 +139,7 @@ class RingAttentionLayer(ProjectedAttention):
             lower = torch.get_autocast_dtype(kind)
             cast = [None if w is None else w.to(lower) for w in weights]
             x, weights = x.to(lower), Projections(*cast)  # type: ignore[arg-type]
-        with torch.autocast(kind, enabled=False) if autocast_enabled(kind) else _AS_IS:
+        with without_autocast(kind):
             return project_and_attend(
                 *(x, weights, self.num_heads, self.num_kv_heads, mask),
                 chunk_size=self.chunk_size,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernel_pytorch.attention.block_index import BlockIndex
-from kernel_pytorch.attention.blocks import check_qkv, lse_dtype
+from kernel_pytorch.attention.blocks import check_qkv, lse_dtype, without_autocast
 from kernel_pytorch.attention.estimate import (
     EVERY,
     Estimate,
@@ -114,7 +114,8 @@ def select_blocks(
         raise InvalidValue(shape, f"q, k and blocks of {block_size} need {sizes}")
     choice = Choice(block_size, 1 - sparsity_ratio, coverage, remainder)
     run = select_native if fits(q, k, mask, block_size) else _select_by_torch
-    counts, blocks, missed = run(q, k, mask, block_logits, choice)
+    with without_autocast(q.device.type):
+        counts, blocks, missed = run(q, k, mask, block_logits, choice)
     index = BlockIndex(counts, blocks, block_size, q.shape[2], k.shape[2])
     return Selection(index, missed)
 
