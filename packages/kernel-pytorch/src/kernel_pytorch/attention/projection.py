@@ -168,6 +168,8 @@ class _Layer(torch.autograd.Function):
             y[:, rows] = linear(out, w.out, w.out_bias)
             if saved is not None:
                 saved[:, rows] = out
+            # Else they would live on beside those of the next chunk.
+            del q, out
         if saved is not None:
             ctx.save_for_backward(x, k, v, saved, lse, *parts)
         ctx.settings, ctx.strict = settings, strict
@@ -202,6 +204,7 @@ class _Layer(torch.autograd.Function):
                 into=(dq, dk, dv),
             )
             sums.add(0, dq, rows)
+            del q, dq, d_out, out
         for rows in chunks:
             sums.add(1, dk[:, :, rows], rows)
             sums.add(2, dv[:, :, rows], rows)
