@@ -119,11 +119,11 @@ def test_memory_is_linear(name):
 
 
 @pytest.mark.critical
-@pytest.mark.parametrize(("window", "n"), [(None, 8192), (256, 32768)])
+@pytest.mark.parametrize(("window", "n"), [(None, 10240), (256, 32768)])
 def test_a_layer_holds_keys_values_and_its_result(window, n):
     width = 512
     layer = RingAttentionLayer(width, 8, device="cpu", window=window)
     x = torch.randn(1, n, width)
     with torch.no_grad(), Live() as live:
         layer(x)
-    assert live.peak <= 3.25 * x.nbytes
+    assert live.peak <= 3.2 * x.nbytes

@@ -4,6 +4,7 @@
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,143 @@ def test_streamed_layer(kind, bias):
     for a, b in zip(found[2], wanted[2], strict=True):
         size = max(1.0, b.abs().max().item())
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5 * size)
+
+
+class Traffic(TorchDispatchMode):
+    """Count the elements that ops read and return, and the calls of each op."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.calls = 0, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.calls[func] += 1
+        if not func.is_view:
+            leaves = tree_leaves((args, kwargs, found))
+            touched = {id(t): t.numel() for t in leaves if isinstance(t, torch.Tensor)}
+            self.elements += sum(touched.values())
+        return found
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("kind", ["causal", "both_sides", "padding", "documents"])
+def test_a_window_makes_the_streamed_layer_linear(kind):
+    counts = []
+    for n in (4096, 8192):
+        keep = torch.ones(1, n, dtype=torch.bool)
+        keep[:, -3:] = False
+        padding = keep if kind == "padding" else None
+        documents = (torch.arange(n) // 50)[None] if kind == "documents" else None
+        mask = MaskSpec(kind != "both_sides", 16, padding, documents)
+        x, parts = torch.randn(1, n, 32, requires_grad=True), layer(32, 2, 1)
+        w = Projections(*(p.requires_grad_() for p in parts))
+        ran = Traffic(), Traffic()
+        with ran[0]:
+            y = project_and_attend(x, w, 2, 1, mask, chunk_size=64)[0].sum()
+        with ran[1]:
+            y.backward()
+        counts.append([t.elements for t in ran])
+    for once, twice in zip(*counts, strict=True):
+        assert twice <= 2.1 * once
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("kind", ["padding", "bias"])
+def test_hidden_keys_that_overflow_harm_no_chunk(kind):
+    n, bad = 37, 20
+    x, parts = torch.randn(2, n, 24), layer(bias=False)[:4]
+    # K is infinite in one token by the first feature, which nothing else uses.
+    for weight, factor in zip(parts, (0.0, 1e20, 0.0, 1.0), strict=True):
+        weight[:, 0] *= factor
+    x[:, :, 0] = 0.0
+    x[:, bad, 0] = 1e20
+    assert (x[:, bad] @ parts[1].T).isinf().any()
+    keep = torch.ones(2, n, dtype=torch.bool)
+    keep[:, bad] = False
+    padded = mask = MaskSpec(causal=True, key_padding=keep)
+    if kind == "bias":
+        mask = MaskSpec(causal=True, bias=keep[:, None, None].expand(2, 1, n, n))
+    d_y = torch.randn(2, n, 24)
+    d_y[:, bad] = 0.0
+
+    def stream(x, *w):
+        return project_and_attend(x, Projections(*w), 4, 2, mask, chunk_size=8)
+
+    found = gradients(stream, [x, *parts], d_y)
+    wanted = gradients(
+        lambda x, *w: plain_layer(x, [*w, *[None] * 4], 4, 2, padded),
+        [t.double() for t in (x, *parts)],
+        d_y,
+    )
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-4, atol=1e-4)
+    for a, b in zip(found[2], wanted[2], strict=True):
+        assert a.isfinite().all()
+        a, b = a[..., 1:], b[..., 1:]
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.fast
+def test_half_precision_gradients_do_not_fade_over_many_chunks():
+    n, width = 2048, 8
+    x, parts = torch.randn(1, n, width), layer(width, 2, 1)
+    x, *parts = (t.bfloat16() for t in (x, *parts))
+    d_y = (torch.randn(1, n, width) + 0.5).bfloat16()
+    mask = MaskSpec(causal=True, window=4)
+    wanted = gradients(
+        lambda x, *w: plain_layer(x, w, 2, 1, mask),
+        [t.double() for t in (x, *parts)],
+        d_y,
+    )[2]
+
+    def errors(chunk):
+        def stream(x, *w):
+            w = Projections(*w)
+            return project_and_attend(x, w, 2, 1, mask, chunk_size=chunk)
+
+        found = gradients(stream, [x, *parts], d_y)[2]
+        pairs = [(a.double(), b) for a, b in zip(found, wanted, strict=True)]
+        return [(a - b).norm() / b.norm() for a, b in pairs]
+
+    names = ["x", *Projections._fields]
+    for name, once, often in zip(names, errors(n), errors(16), strict=True):
+        # A bias of K changes nothing: its gradient is 0, and found as rounding.
+        assert name == "k_bias" or often <= max(1.5 * once, 2e-3), name
+
+
+def every_gradient(x, parts, chunk=16):
+    w = Projections(*parts)
+    y = project_and_attend(x, w, 4, 2, MaskSpec(causal=True), chunk_size=chunk)[0]
+    with Traffic() as traffic, tiling.counting() as work:
+        y.square().sum().backward()
+    return [t.grad for t in (x, *parts)], traffic.calls, work.calls
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("frozen", [range(1, 9), [0], [0, 2, 6], [3, 7], range(8)])
+def test_frozen_weights_get_and_cost_nothing(frozen):
+    def leaves():
+        torch.manual_seed(0)
+        given = [torch.randn(2, 37, 24), *layer()]
+        return [t.requires_grad_() for t in given]
+
+    tensors = leaves()
+    wanted, products, calls = every_gradient(tensors[0], tensors[1:])
+    tensors = leaves()
+    for place in frozen:
+        tensors[place].requires_grad_(False)
+    found, fewer, fewer_calls = every_gradient(tensors[0], tensors[1:])
+    for place, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if place in frozen:
+            assert a is None
+        else:
+            torch.testing.assert_close(a, b)
+    # Only the last bias is left in the last case: it needs no attention.
+    assert fewer_calls == (0 if frozen == range(8) else calls)
+    op = torch.ops.aten.mm.default
+    # In each of 3 chunks, q, k and v have a product for x, and each weight has one.
+    spared = sum(place in frozen for place in range(1, 5)) + 3 * (0 in frozen)
+    assert fewer[op] <= products[op] - 3 * spared
 
 
 @pytest.mark.fast

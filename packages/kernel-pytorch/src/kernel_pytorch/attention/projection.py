@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from kernel_pytorch.attention.blocks import lse_dtype
 from kernel_pytorch.attention.masks import LaidMask, MaskSpec
 from kernel_pytorch.attention.partial import lay_mask
-from kernel_pytorch.attention.tiling import backward, forward
+from kernel_pytorch.attention.tiling import backward, clean, forward
 from torchworks_core.errors import InvalidValue
 
 _TEMPORARIES = 64 << 20
@@ -143,17 +143,6 @@ def _chunks(length: int, chunk: int) -> list[slice]:
     return [slice(a, min(a + chunk, length)) for a in range(0, length, chunk)]
 
 
-def _rows(laid: LaidMask, rows: slice) -> LaidMask:
-    """Cut a laid mask to some of its queries."""
-    ids, bias = laid.q_documents, laid.bias
-    return LaidMask(
-        *(laid.causal, laid.window, laid.rows[rows], laid.columns, laid.keep),
-        None if ids is None else ids[:, rows],
-        laid.k_documents,
-        bias if bias is None or bias.shape[2] == 1 else bias[:, :, rows],
-    )
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -161,7 +150,8 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         w = Projections(*parts)  # type: ignore[arg-type]
         batch, length = x.shape[:2]
-        k, v = _keys(x, w, settings)
+        # Cleaning reads all keys: it is done once for all chunks and for backward.
+        k, v, strict = clean(*_keys(x, w, settings), settings.laid)
         # Without a gradient to come, nothing but the result outlives its chunk.
         training = settings.training
         y = x.new_empty((batch, length, w.out.shape[0]))
@@ -169,15 +159,20 @@ class _Layer(torch.autograd.Function):
         saved = x.new_empty((batch, length, w.q.shape[0])) if training else None
         for rows in _chunks(length, settings.chunk):
             q = _project(x[:, rows], w.q, w.q_bias, settings.heads)
-            laid = _rows(settings.laid, rows)
-            out, lse[:, :, rows] = forward(q, k, v, laid, settings.scale)
+            out, lse[:, :, rows] = forward(
+                *(q, k, v, settings.laid, settings.scale),
+                start=rows.start,
+                strict=strict,
+            )
             out = out.transpose(1, 2).flatten(2)
             y[:, rows] = linear(out, w.out, w.out_bias)
             if saved is not None:
                 saved[:, rows] = out
+            # Else they would live on beside those of the next chunk.
+            del q, out
         if saved is not None:
             ctx.save_for_backward(x, k, v, saved, lse, *parts)
-        ctx.settings = settings
+        ctx.settings, ctx.strict = settings, strict
         ctx.mark_non_differentiable(lse)
         return y, lse
 
@@ -188,45 +183,79 @@ class _Layer(torch.autograd.Function):
         dy, settings = grads[0], ctx.settings
         x, k, v, saved, lse, *parts = ctx.saved_tensors
         w = Projections(*parts)
-        dx = torch.zeros_like(x)
-        dw: list[Tensor | None] = [
-            None if p is None else torch.zeros_like(p) for p in w
-        ]
+        sums = _Sums(x, w, ctx.needs_input_grad[1:], lse.dtype)
+        attends = sums.wants(0) or sums.wants(1) or sums.wants(2)
+        chunks = _chunks(x.shape[1], settings.chunk)
+        for rows in chunks:
+            sums.add_weight(3, dy[:, rows], saved[:, rows])
+        if not attends:
+            return None, None, *sums.of_weights()
         dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (k, v))
-        for rows in _chunks(x.shape[1], settings.chunk):
+        for rows in chunks:
             q = _project(x[:, rows], w.q, w.q_bias, settings.heads)
-            flat = saved[:, rows]
-            d_flat = dy[:, rows] @ w.out
-            _add_linear(dw, 3, dy[:, rows], flat)
-            d_out, out = (_split(t, settings.heads) for t in (d_flat, flat))
-            found = backward(
-                d_out,
-                None,
-                (q, k, v, out, lse[:, :, rows]),
-                _rows(settings.laid, rows),
-                settings.scale,
+            dq = torch.zeros_like(q, dtype=lse.dtype)
+            d_out = _split(dy[:, rows] @ w.out, settings.heads)
+            out = _split(saved[:, rows], settings.heads)
+            backward(
+                *(d_out, None, (q, k, v, out, lse[:, :, rows])),
+                *(settings.laid, settings.scale),
+                start=rows.start,
+                strict=ctx.strict,
+                into=(dq, dk, dv),
             )
-            dq = found[0].to(x.dtype).transpose(1, 2).flatten(2)
-            dk += found[1]
-            dv += found[2]
-            _add_linear(dw, 0, dq, x[:, rows])
-            dx[:, rows] += dq @ w.q
-        for rows in _chunks(x.shape[1], settings.chunk):
-            for place, grad in ((1, dk), (2, dv)):
-                part = grad[:, :, rows].to(x.dtype).transpose(1, 2).flatten(2)
-                _add_linear(dw, place, part, x[:, rows])
-                dx[:, rows] += part @ parts[place]
-        return None, dx, *dw
+            sums.add(0, dq, rows)
+            del q, dq, d_out, out
+        for rows in chunks:
+            sums.add(1, dk[:, :, rows], rows)
+            sums.add(2, dv[:, :, rows], rows)
+        return None, sums.dx, *sums.of_weights()
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _add_linear(grads: list[Tensor | None], place: int, dy: Tensor, x: Tensor) -> None:
-    """Add the gradients of one linear map: weight at ``place``, bias 4 further."""
-    weight, bias = grads[place], grads[place + 4]
-    assert weight is not None
-    weight += dy.flatten(0, 1).T @ x.flatten(0, 1)
-    if bias is not None:
-        bias += dy.sum((0, 1))
+class _Sums:
+    """Gradients of x and the weights, as far as they are needed.
+
+    A weight's gradient is a sum over all chunks: adding them up in half precision
+    would lose digits with every chunk, so it is cast only when all are added.
+    """
+
+    def __init__(
+        self, x: Tensor, w: Projections, needed: tuple[bool, ...], dtype: torch.dtype
+    ) -> None:
+        self._x, self._w, self._dtype = x, w, dtype
+        self.dx = torch.zeros_like(x) if needed[0] else None
+        self._sums = [
+            torch.zeros_like(p, dtype=dtype) if p is not None and need else None
+            for p, need in zip(w, needed[1:], strict=True)
+        ]
+
+    def wants(self, place: int) -> bool:
+        """Whether the gradient of projection ``place`` is of any use."""
+        found = (self.dx, self._sums[place], self._sums[place + 4])
+        return any(t is not None for t in found)
+
+    def add(self, place: int, grad: Tensor, rows: slice) -> None:
+        """Add what follows from the gradient [B, H, n, D] of a projection of x."""
+        if not self.wants(place):
+            return
+        part, x = grad.to(self._x.dtype).transpose(1, 2).flatten(2), self._x[:, rows]
+        self.add_weight(place, part, x)
+        weight = self._w[place]
+        if self.dx is not None and weight is not None:
+            self.dx[:, rows] += part @ weight
+
+    def add_weight(self, place: int, dy: Tensor, x: Tensor) -> None:
+        """Add the gradients of one linear map: its weight, and its bias."""
+        weight, bias = self._sums[place], self._sums[place + 4]
+        if weight is not None:
+            weight += dy.flatten(0, 1).T @ x.flatten(0, 1)
+        if bias is not None:
+            bias += dy.sum((0, 1), dtype=self._dtype)
+
+    def of_weights(self) -> list[Tensor | None]:
+        """The weights' gradients, in the dtype of the weights."""
+        pairs = zip(self._sums, self._w, strict=True)
+        return [None if s is None or p is None else s.to(p.dtype) for s, p in pairs]

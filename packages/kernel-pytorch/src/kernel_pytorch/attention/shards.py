@@ -175,16 +175,14 @@ class ShardPlan:
         dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (keys.k, keys.v))
         for rows, columns, laid in self._blocks(rank, source, keys, mask):
             k, v = keys.k[:, :, columns], keys.v[:, :, columns]
-            found = backward(
+            backward(
                 d_out[:, :, rows],
                 None if d_lse is None else d_lse[:, :, rows],
                 (q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows]),
                 laid,
                 self.scale,
+                into=(dq[:, :, rows], dk[:, :, columns], dv[:, :, columns]),
             )
-            dq[:, :, rows] += found[0]
-            dk[:, :, columns] += found[1]
-            dv[:, :, columns] += found[2]
         return [dk, dv]
 
     def _blocks(

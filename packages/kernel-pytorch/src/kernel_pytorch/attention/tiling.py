@@ -84,7 +84,11 @@ def counting() -> Iterator[Work]:
 
 
 def walk(
-    laid: LaidMask, heads: int, chunk: int | None = None, bounded: bool = False
+    laid: LaidMask,
+    heads: int,
+    chunk: int | None = None,
+    bounded: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, int, list[Call]]]:
     """Yield (q0, q1, calls) for each chunk of rows.
 
@@ -94,20 +98,22 @@ def walk(
             so that they count once for each head.
         chunk: Rows in one chunk; chosen here if None.
         bounded: No call may have more than `TILE` scores over all heads.
+        part: First and end row; None is all rows.
     """
-    rows, limit = len(laid.rows), TILE
+    first, end = part or (0, len(laid.rows))
+    limit = TILE
     if bounded:
         limit = max(TILE // max(heads, 1), 64 * 64)
         chunk = min(chunk or _NARROW, max(64, int(limit**0.5)))
-    elif (whole := _whole(laid)) is not None and chunk is None:
-        yield 0, rows, [whole]
+    elif chunk is None and (whole := _whole(laid, first, end)) is not None:
+        yield first, end, [whole]
         return
     if chunk is None:
         fine = laid.window is not None or laid.q_documents is not None
         fine = fine or (laid.bias is not None and laid.bias.shape[2] > 1)
         chunk = _NARROW if fine else _WIDE
-    for q0 in range(0, rows, chunk):
-        q1 = min(q0 + chunk, rows)
+    for q0 in range(first, end, chunk):
+        q1 = min(q0 + chunk, end)
         yield q0, q1, _calls(laid, q0, q1, limit, bounded)
 
 
@@ -118,8 +124,22 @@ def forward(
     laid: LaidMask,
     scale: float,
     chunk: int | None = None,
+    *,
+    start: int = 0,
+    strict: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend exactly; q [B, H, Nq, D], k and v [B, Hkv, Nk, D], fitting ``laid``.
+
+    Args:
+        q: Rows ``start`` to ``start + Nq`` of the mask.
+        k: All keys of the mask.
+        v: Like ``k``.
+        laid: The mask.
+        scale: Factor of the scores.
+        chunk: As in `walk`.
+        start: Row of the mask that the first query is.
+        strict: What `clean` said, if k and v come from it; None calls it here, which
+            reads all keys.
 
     Returns:
         out in the dtype of ``q`` (fp32 where it had to be merged from half-precision
@@ -127,17 +147,20 @@ def forward(
     """
     if is_abstract(q) or is_abstract(k) or not laid.checks:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
-    k, v, strict = clean(k, v, laid)
+    if strict is None:
+        k, v, strict = clean(k, v, laid)
     bounded = backend_of(q, k, Block(scale, strict=strict)) == "reference"
     out = lse = None
-    for q0, q1, calls in walk(laid, q.shape[0] * q.shape[1], chunk, bounded):
-        part = _rows_forward(q[:, :, q0:q1], k, v, calls, scale, strict)
+    rows = start, start + q.shape[2]
+    for q0, q1, calls in walk(laid, q.shape[0] * q.shape[1], chunk, bounded, rows):
+        own = slice(q0 - start, q1 - start)
+        part = _rows_forward(q[:, :, own], k, v, calls, scale, strict)
         if q1 - q0 == q.shape[2]:
             return part[0].to(q.dtype), part[1]
         if out is None or lse is None:
             out = torch.empty_like(q)
             lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
-        out[:, :, q0:q1], lse[:, :, q0:q1] = part
+        out[:, :, own], lse[:, :, own] = part
     if out is None or lse is None:
         return torch.zeros_like(q), q.new_full(q.shape[:3], -INF, dtype=lse_dtype(q))
     return out, lse
@@ -150,6 +173,10 @@ def backward(
     laid: LaidMask,
     scale: float,
     chunk: int | None = None,
+    *,
+    start: int = 0,
+    strict: bool | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv of these rows and keys.
 
@@ -160,20 +187,27 @@ def backward(
         laid: The mask.
         scale: Factor of the scores.
         chunk: As in `walk`.
+        start: As in `forward`.
+        strict: As in `forward`.
+        into: dq, dk, dv to be added to, in place; only keys that the rows can see are
+            touched.
 
     Returns:
-        Gradients in fp32 (fp64 for fp64), or in the dtype of q for a single call.
+        ``into``, or else gradients in fp32 (fp64 for fp64), or in the dtype of q for a
+        single call.
     """
     q, k, v, out, lse = saved
     if is_abstract(q) or is_abstract(k) or not laid.checks:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    k, v, strict = clean(k, v, laid)
+        return into or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    if strict is None:
+        k, v, strict = clean(k, v, laid)
     slow = d_lse is not None or strict
     bounded = slow or backend_of(q, k, Block(scale)) == "reference"
-    grads = None
-    for q0, q1, calls in walk(laid, q.shape[0] * q.shape[1], chunk, bounded):
+    grads, end = into, start + q.shape[2]
+    shape = q.shape[0] * q.shape[1], chunk, bounded
+    for q0, q1, calls in walk(laid, *shape, (start, end)):
         for call in calls:
-            rows = slice(q0, q1)
+            rows = slice(q0 - start, q1 - start)
             part = _call_backward(
                 d_out[:, :, rows],
                 None if d_lse is None else d_lse[:, :, rows],
@@ -181,14 +215,18 @@ def backward(
                 call,
                 Block(scale, call.diagonal, call.tile, strict),
             )
-            if call[:4] == (0, q.shape[2], 0, k.shape[2]):
+            if into is None and call[:4] == (start, end, 0, k.shape[2]):
                 return part
-            grads = grads or tuple(torch.zeros_like(t, dtype=lse.dtype) for t in saved)
+            grads = grads or _zeros(saved)
             grads[0][:, :, rows] += part[0]
             grads[1][:, :, call.k0 : call.k1] += part[1]
             grads[2][:, :, call.k0 : call.k1] += part[2]
-    grads = grads or tuple(torch.zeros_like(t, dtype=lse.dtype) for t in saved)
-    return grads[0], grads[1], grads[2]
+    return grads or _zeros(saved)
+
+
+def _zeros(saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.zeros_like(t, dtype=lse_dtype(t)) for t in saved[:3])
+    return q, k, v
 
 
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -209,6 +247,8 @@ def clean(k: Tensor, v: Tensor, laid: LaidMask) -> tuple[Tensor, Tensor, bool]:
     """
     hides = laid.causal or laid.window or laid.q_documents is not None
     if not hides and laid.keep is None and laid.bias is None:
+        return k, v, False
+    if is_abstract(k) or not laid.checks:
         return k, v, False
     # Waiting for the answer is impossible while a CUDA graph is captured.
     if k.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -262,21 +302,21 @@ def _call_backward(
     return block_backward(d_out, d_lse, saved, block)
 
 
-def _whole(laid: LaidMask) -> Call | None:
-    """The one call that covers everything, if the mask is the same for all rows."""
+def _whole(laid: LaidMask, q0: int, q1: int) -> Call | None:
+    """The one call for rows q0..q1 and all keys, if these rows have one mask."""
     rows, columns, bias = laid.rows, laid.columns, laid.bias
-    if laid.q_documents is not None or not len(rows) or not len(columns):
+    if laid.q_documents is not None or q0 >= q1 or not len(columns):
         return None
     if bias is not None and bias.shape[2] > 1:
         return None
-    diagonal = _on_diagonal(laid, 0, len(rows), 0, len(columns))
-    if not diagonal and laid.by_position(rows, columns) is not FULL:
+    diagonal = _on_diagonal(laid, q0, q1, 0, len(columns))
+    if not diagonal and laid.by_position(rows[q0:q1], columns) is not FULL:
         return None
     free = LaidMask(False, None, rows, columns, keep=laid.keep, bias=bias)
-    tile = free.tile(0, len(rows), 0, len(columns))
+    tile = free.tile(q0, q1, 0, len(columns))
     if tile is EMPTY:
         return None
-    return Call(0, len(rows), 0, len(columns), diagonal, _tensor(tile))
+    return Call(q0, q1, 0, len(columns), diagonal, _tensor(tile))
 
 
 def _calls(laid: LaidMask, q0: int, q1: int, limit: int, bounded: bool) -> list[Call]:
