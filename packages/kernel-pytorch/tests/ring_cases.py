@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reference import dense_attention, gradients, layer_reference, mask_parts
 
 from kernel_pytorch.attention import ContextParallelAttention
+from kernel_pytorch.attention.agreement import agree
 from kernel_pytorch.attention.context_parallel import context_parallel_attention
 from kernel_pytorch.attention.layout import (
     shard_length,
@@ -138,6 +139,11 @@ def run_disagreements(group):
         "short padding": lambda: {
             "mask": MaskSpec(key_padding=keep[:, : 3 if odd else 4])
         },
+        "documents": lambda: {
+            "mask": MaskSpec(
+                documents=torch.zeros(1, 4, dtype=torch.int64 if odd else torch.int32)
+            )
+        },
         "bias with grad": lambda: {
             "mask": MaskSpec(bias=torch.zeros(16, requires_grad=True))
         },
@@ -151,6 +157,11 @@ def run_disagreements(group):
             messages[name] = "nothing raised"
         except (ValueError, NotImplementedError) as error:
             messages[name] = f"{type(error).__name__}: {error}"
+    try:
+        agree(group, RANKS, ("count",), lambda: {"count": 2**70 if odd else 1})
+        messages["too large"] = "nothing raised"
+    except ValueError as error:
+        messages["too large"] = f"{type(error).__name__}: {error}"
     return messages
 
 

@@ -121,6 +121,8 @@ def test_hops_that_no_rank_needs_are_cut(reports):
         ("gradient", "disagree on needs_gradient: rank 0 has False, rank 1 has True"),
         ("padding", "disagree on key_padding: rank 0 has None, rank 1 has torch.bool"),
         ("short padding", "rank 1: InvalidValue: key_padding of shape (1, 3)"),
+        ("documents", "documents: rank 0 has torch.int32, rank 1 has torch.int64"),
+        ("too large", "InvalidValue: rank 1: "),
         ("bias with grad", "NotImplementedError: mask.bias"),
     ],
 )

@@ -8,6 +8,7 @@ before this exchange: each rank sends a few numbers, and then everybody knows.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -48,15 +49,18 @@ def agree(
         return local()
     values: dict[str, Any] = {}
     text, status = "", 0
+    row = torch.zeros(1 + len(fields), dtype=torch.int64)
     try:
         values = local()
         text = "|".join(f"{values[name]}" for name in fields)
+        numbers = [_number(values[name]) for name in fields]
+        row[1:] = torch.tensor(numbers, dtype=torch.int64)
     except NotImplementedError as error:
         text, status = str(error), 2
     except Exception as error:  # whatever it is, the other ranks must hear of it
         text, status = f"{type(error).__name__}: {error}", 1
-    numbers = [status, *(_number(values.get(name)) for name in fields)]
-    found = gather(torch.tensor(numbers), group, world).tolist()
+    row[0] = status
+    found = gather(row, group, world).tolist()
     if all(row == found[0] for row in found) and not status:
         return values
     letters = text.encode(errors="replace")[:_TEXT].ljust(_TEXT)
@@ -100,5 +104,5 @@ def _number(value: Any) -> int:
         return struct.unpack("<q", struct.pack("<d", value))[0]
     if isinstance(value, str):
         # Not hash(): it differs between processes.
-        return int.from_bytes(value.encode()[:7].ljust(7), "little") + 31 * len(value)
+        return zlib.crc32(value.encode())
     return -1 if value is None else int(value)
