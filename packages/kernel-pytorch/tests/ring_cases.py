@@ -125,6 +125,8 @@ def run_disagreements(group):
         "layout": lambda: {"layout": "contiguous" if odd else "zigzag"},
         "bad layout": lambda: {"layout": "spiral" if odd else "zigzag"},
         "scale": lambda: {"scale": 0.5 if odd else 0.25},
+        "check": lambda: {"check": "always" if odd else None},
+        "bad check": lambda: {"check": "allways"},
         "dtype": lambda: {"q": q.double() if odd else q},
         "rank of q": lambda: {"q": q[0] if odd else q},
         "batch": lambda: {"q": torch.cat([q, q]) if odd else q},

@@ -3,10 +3,13 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ring_cases
 from reference import dense_attention, mask_parts
 
-from kernel_pytorch.attention.masks import EMPTY, MaskSpec
+from kernel_pytorch.attention import agreement
+from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.ring import ring_attention, ring_stats
 from kernel_pytorch.attention.shards import ShardPlan
 
@@ -113,6 +117,8 @@ def test_hops_that_no_rank_needs_are_cut(reports):
         ("layout", "disagree on layout: rank 0 has zigzag, rank 1 has contiguous"),
         ("bad layout", "rank 1: InvalidValue: layout='spiral'"),
         ("scale", "disagree on scale: rank 0 has 0.25, rank 1 has 0.5"),
+        ("check", "disagree on check: rank 0 has None, rank 1 has always"),
+        ("bad check", "rank 0: InvalidValue: check='allways'"),
         ("dtype", "disagree on dtype: rank 0 has float32, rank 1 has float64"),
         ("rank of q", "rank 1: InvalidValue: q (2, 4, 8)"),
         ("batch", "disagree on batch: rank 0 has 1, rank 1 has 2"),
@@ -189,19 +195,20 @@ def test_a_dead_rank_makes_the_others_raise(reports):
     window=st.none() | st.integers(1, 30),
 )
 def test_cut_steps_are_those_that_nobody_needs(world, total, layout, causal, window):
+    def owner(position):
+        """Zigzag: of 2 P pieces, rank r has the r-th from either end."""
+        if layout == "contiguous":
+            return position // -(-total // world)
+        piece = position // -(-total // (2 * world))
+        return min(piece, 2 * world - 1 - piece)
+
     plan = ShardPlan(causal, window, world, total, layout, 1.0)
-    mask = MaskSpec(causal=causal, window=window)
     needed = {0}
-    for rank in range(world):
-        for source in range(world):
-            if any(
-                mask.tile(i, i + 1, j, j + 1) is not EMPTY
-                for _, rows in plan.parts(rank)
-                for _, columns in plan.parts(source)
-                for i in rows
-                for j in columns
-            ):
-                needed.add((rank - source) % world)
+    for i in range(total):
+        for j in range(total):
+            near = window is None or abs(i - j) < window
+            if near and (not causal or i >= j):
+                needed.add((owner(i) - owner(j)) % world)
     assert set(plan.steps()) == needed
     everything = [i for r in range(world) for _, part in plan.parts(r) for i in part]
     assert sorted(everything) == list(range(total))
@@ -219,11 +226,54 @@ def test_no_group_is_one_device(kind):
 
 
 @pytest.mark.fast
+def test_stats_are_those_of_the_thread_that_ran_forward():
+    q = torch.randn(1, 1, 16, 8, requires_grad=True)
+    out = ring_attention(q, q, q, group=None)
+    other = torch.randn(1, 1, 4, 8, requires_grad=True)
+    lengths = []
+
+    def work():
+        found = ring_attention(other, other, other, group=None)
+        lengths.append(ring_stats().total_length)
+        out.sum().backward()
+        lengths.append(ring_stats().total_length)
+        found.sum().backward()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert lengths == [4, 4]
+    assert (ring_stats().total_length, ring_stats().pairs) == (16, 16 * 16)
+
+
+@pytest.mark.fast
+def test_a_new_group_of_an_old_name_is_asked_again(monkeypatch):
+    asked, agreed, names = [], WeakSet(), set()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(agreement, "agree", lambda *_: asked.append(1))
+    monkeypatch.setattr(agreement.dist, "get_backend", lambda _: "nccl")
+    for expected in (1, 2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            names.add(dist.group.WORLD.group_name)
+            for _ in range(2):
+                agreement.agree_once(dist.group.WORLD, 2, (), dict, agreed)
+                assert len(asked) == expected
+            if expected == 2:
+                agreement.agree_once(dist.group.WORLD, 2, (), dict, agreed, True)
+        finally:
+            dist.destroy_process_group()
+    assert (len(names), len(asked)) == (1, 3)
+
+
+@pytest.mark.fast
 def test_one_device_errors():
     q = torch.randn(1, 2, 5, 8)
     with pytest.raises(ValueError, match="even length"):
         ring_attention(q, q, q, group=None)
     with pytest.raises(ValueError, match="layout='spiral'"):
         ring_attention(q, q, q, group=None, layout="spiral")
+    with pytest.raises(ValueError, match="check='allways'"):
+        ring_attention(q, q, q, group=None, check="allways")
     with pytest.raises(ValueError, match="make shards of 4"):
         ring_attention(q, q, q, group=None, total_length=4)

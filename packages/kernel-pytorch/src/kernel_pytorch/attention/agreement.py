@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,45 @@ def agree(
     texts = [bytes(row.tolist()).decode(errors="replace").strip() for row in told]
     _raise([row[0] for row in found], found, texts, fields)
     raise AssertionError  # _raise always raises
+
+
+def agree_once(
+    group: Any,
+    world: int,
+    fields: tuple[str, ...],
+    local: Callable[[], dict[str, Any]],
+    agreed: WeakSet[Any],
+    always: bool = False,
+) -> dict[str, Any]:
+    """As `agree`, but on NCCL, where that waits for the device, once for each group.
+
+    Args:
+        group: As for `agree`; and so ``world``, ``fields`` and ``local``.
+        world: Its size.
+        fields: Names of the values.
+        local: Checks this rank's arguments.
+        agreed: Groups whose ranks did agree; this one is added. It holds the groups
+            themselves, as a name comes again once its group was destroyed.
+        always: Compare in any case.
+
+    Returns:
+        What ``local`` returned.
+
+    Raises:
+        InvalidValue: as `agree`; without a comparison what ``local`` raises.
+        NotImplementedError: likewise.
+
+    Example:
+        >>> agree_once(None, 1, ("heads",), lambda: {"heads": 4}, WeakSet())
+        {'heads': 4}
+    """
+    # Which ranks look must not depend on local facts, or some would wait for ever.
+    if world > 1 and not always and group in agreed:
+        return local()
+    values = agree(group, world, fields, local)
+    if world > 1 and str(dist.get_backend(group)) == "nccl":
+        agreed.add(group)
+    return values
 
 
 def gather(t: Tensor, group: Any, world: int) -> Tensor:
