@@ -4,6 +4,7 @@
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reference import dense_attention, gradients, layer_reference, mask_parts
 
 from kernel_pytorch.attention import ContextParallelAttention
+from kernel_pytorch.attention.agreement import agree
 from kernel_pytorch.attention.context_parallel import context_parallel_attention
 from kernel_pytorch.attention.layout import (
     shard_length,
@@ -33,7 +35,13 @@ RANKS = 4
 MEMBERS = {"1": [1], "2": [3, 1], "3": [0, 1, 2], "4": [0, 1, 2, 3]}
 TIMEOUT = 60
 SHORT, LONG = (1, 7, 64, 130), (1000,)
-LONG_KINDS = ("none", "causal", "causal_window", "causal_padding", "everything")
+LONG_KINDS = (
+    *("none", "causal", "window", "causal_window", "causal_padding"),
+    *("documents", "everything"),
+)
+LONGEST_KINDS = ("none", "causal", "causal_window", "causal_padding", "documents")
+# Seconds after which ranks of one group give up; longer than a busy machine pauses.
+STALL = 5
 
 
 def cases():
@@ -48,6 +56,8 @@ def cases():
     for kind in ("none", "causal", "everything"):
         name = f"130-{kind}-bf16"
         found.append((name, 130, kind, (4, 1), torch.bfloat16, "zigzag", False))
+        name = f"1000-{kind}-bf16"
+        found.append((name, 1000, kind, (4, 1), torch.bfloat16, "zigzag", False))
         name = f"130-{kind}-fp64"
         found.append((name, 130, kind, (3, 3), torch.float64, "contiguous", True))
     return found
@@ -102,7 +112,8 @@ def run_case(case, group, prepared=None):
     for a, b in zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True):
         b = cut(b).double()[:, :, real]
         a = a.double()[:, :, real]
-        same = (a == b) | (a - b).isnan()
+        same = a == b
+        assert not a.isnan().any()
         assert torch.equal(a.isinf(), b.isinf())
         if b.numel():
             size = max(1.0, b.masked_fill(~b.isfinite(), 0.0).abs().max().item())
@@ -124,6 +135,8 @@ def run_disagreements(group):
         "layout": lambda: {"layout": "contiguous" if odd else "zigzag"},
         "bad layout": lambda: {"layout": "spiral" if odd else "zigzag"},
         "scale": lambda: {"scale": 0.5 if odd else 0.25},
+        "check": lambda: {"check": "always" if odd else None},
+        "bad check": lambda: {"check": "allways"},
         "dtype": lambda: {"q": q.double() if odd else q},
         "rank of q": lambda: {"q": q[0] if odd else q},
         "batch": lambda: {"q": torch.cat([q, q]) if odd else q},
@@ -138,6 +151,11 @@ def run_disagreements(group):
         "short padding": lambda: {
             "mask": MaskSpec(key_padding=keep[:, : 3 if odd else 4])
         },
+        "documents": lambda: {
+            "mask": MaskSpec(
+                documents=torch.zeros(1, 4, dtype=torch.int64 if odd else torch.int32)
+            )
+        },
         "bias with grad": lambda: {
             "mask": MaskSpec(bias=torch.zeros(16, requires_grad=True))
         },
@@ -151,6 +169,11 @@ def run_disagreements(group):
             messages[name] = "nothing raised"
         except (ValueError, NotImplementedError) as error:
             messages[name] = f"{type(error).__name__}: {error}"
+    try:
+        agree(group, RANKS, ("count",), lambda: {"count": 2**70 if odd else 1})
+        messages["too large"] = "nothing raised"
+    except ValueError as error:
+        messages["too large"] = f"{type(error).__name__}: {error}"
     return messages
 
 
@@ -255,11 +278,18 @@ def run_layer_refusals(group):
 def prepare_long(folder, n=4096):
     """Compute what ranks compare long sequences with, once for all of them."""
     found = {}
-    for kind in ("none", "causal", "causal_window", "causal_padding"):
+    for kind in LONGEST_KINDS:
         case = (kind, n, kind, (2, 1), torch.float32, "zigzag", False)
         found[kind] = whole(case, batch=1)
         whole.cache_clear()
     torch.save(found, Path(folder, "long.pt"))
+
+
+def prepare(folder):
+    """Compute what ranks compare ``LONG`` cases with, once for all of them."""
+    found = {case[0]: whole(case) for case in cases() if case[1] in LONG}
+    whole.cache_clear()
+    torch.save(found, Path(folder, "cases.pt"))
 
 
 def run_long(group, folder):
@@ -301,7 +331,12 @@ def run_whole_attention(group):
     return worst, told
 
 
-def run_death(group):
+def die():
+    """What rank 2 does when it dies."""
+    os._exit(7)
+
+
+def run_death(group, failing=die):
     """Rank 2 dies in the middle of a forward pass: what do the others get?
 
     A rank that already has all keys may finish its forward, whose result is right; the
@@ -313,7 +348,7 @@ def run_death(group):
     def dying(self, *args):
         calls.append(None)
         if dist.get_rank() == 2 and len(calls) == 2:
-            os._exit(7)
+            failing()
         return attend(self, *args)
 
     ShardPlan.attend = dying
@@ -322,8 +357,26 @@ def run_death(group):
         ring_attention(x, x, x, group=group).sum().backward()
         told = "nothing raised"
     except RuntimeError as error:
-        told = type(error).__name__
+        told = f"{type(error).__name__}: {error}"
+    ShardPlan.attend = attend
     return told, time.monotonic() - begin
+
+
+def run_stall(groups, folder):
+    """Rank 2 stops, but its connections stay: the others must not wait for ever.
+
+    Rank 0 wakes it up once all others are through, so that it ends by itself.
+    """
+    pid, rank = Path(folder, "pid"), dist.get_rank()
+    if rank == 2:
+        pid.write_text(str(os.getpid()))
+    dist.barrier()
+    found = run_death(groups["stall"], lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    if rank != 2:
+        dist.barrier(groups["awake"])
+    if rank == 0:
+        os.kill(int(pid.read_text()), signal.SIGCONT)
+    return found
 
 
 def start(rank, folder):
@@ -347,6 +400,10 @@ def long_worker(rank, folder):
         for name, ranks in MEMBERS.items()
         if rank in ranks
     }
+    wait = timedelta(seconds=STALL)
+    groups["awake"] = dist.new_group([0, 1, 3])
+    groups["stall"] = dist.new_group(MEMBERS["4"], timeout=wait)
+    found["stall"] = run_stall(groups, folder)
     write(folder, rank, found)
     dist.barrier()
     os._exit(0)
@@ -354,13 +411,16 @@ def long_worker(rank, folder):
 
 def worker(rank, folder):
     groups = start(rank, folder)
+    known = torch.load(Path(folder, "cases.pt"), weights_only=True)
     report = {"errors": {}, "stats": {}, "layer": {}}
     for name, ranks in MEMBERS.items():
         if rank not in ranks:
             continue
         group = groups[name]
         for case in cases():
-            report["errors"][f"P{name}-{case[0]}"] = run_case(case, group)
+            report["errors"][f"P{name}-{case[0]}"] = run_case(
+                case, group, known.get(case[0])
+            )
         report["stats"][name] = run_stats(group, 480)
         run_sharding(group)
         report["layer"][name] = run_layer(group)

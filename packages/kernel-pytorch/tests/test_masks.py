@@ -97,6 +97,7 @@ def test_a_tile_of_a_long_mask_stays_small():
         ({"window": 0}, "window=0"),
         ({"window": True}, "window=True"),
         ({"window": 2.0}, "window=2.0"),
+        ({"window": 2**62 + 1}, r"at most 2\*\*62"),
         ({"causal": 1}, "causal=1"),
         ({"key_padding": [True]}, "must be a tensor"),
         ({"key_padding": torch.ones(2, 3)}, "bool \\[B, Nk\\]"),

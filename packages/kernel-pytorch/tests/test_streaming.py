@@ -3,6 +3,7 @@
 
 import resource
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_work_of_a_window_is_linear():
     with tiling.counting() as work:
         attention(q, k, v, MaskSpec(causal=True, window=window))
     assert work.pairs <= n * (window + 512) * 1.2
+
+
+@pytest.mark.fast
+def test_work_of_another_thread_is_not_counted():
+    other = inputs(1, 1, 1, 8, 4, dtype=torch.float64)
+    with tiling.counting() as work:
+        thread = threading.Thread(target=attention, args=other)
+        thread.start()
+        thread.join()
+        assert (work.pairs, work.backends) == (0, set())
+        attention(*inputs(1, 1, 1, 8, 4))
+    assert work.pairs == 64
 
 
 @pytest.mark.fast

@@ -8,8 +8,10 @@ before this exchange: each rank sends a few numbers, and then everybody knows.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -48,15 +50,18 @@ def agree(
         return local()
     values: dict[str, Any] = {}
     text, status = "", 0
+    row = torch.zeros(1 + len(fields), dtype=torch.int64)
     try:
         values = local()
         text = "|".join(f"{values[name]}" for name in fields)
+        numbers = [_number(values[name]) for name in fields]
+        row[1:] = torch.tensor(numbers, dtype=torch.int64)
     except NotImplementedError as error:
         text, status = str(error), 2
     except Exception as error:  # whatever it is, the other ranks must hear of it
         text, status = f"{type(error).__name__}: {error}", 1
-    numbers = [status, *(_number(values.get(name)) for name in fields)]
-    found = gather(torch.tensor(numbers), group, world).tolist()
+    row[0] = status
+    found = gather(row, group, world).tolist()
     if all(row == found[0] for row in found) and not status:
         return values
     letters = text.encode(errors="replace")[:_TEXT].ljust(_TEXT)
@@ -64,6 +69,45 @@ def agree(
     texts = [bytes(row.tolist()).decode(errors="replace").strip() for row in told]
     _raise([row[0] for row in found], found, texts, fields)
     raise AssertionError  # _raise always raises
+
+
+def agree_once(
+    group: Any,
+    world: int,
+    fields: tuple[str, ...],
+    local: Callable[[], dict[str, Any]],
+    agreed: WeakSet[Any],
+    always: bool = False,
+) -> dict[str, Any]:
+    """As `agree`, but on NCCL, where that waits for the device, once for each group.
+
+    Args:
+        group: As for `agree`; and so ``world``, ``fields`` and ``local``.
+        world: Its size.
+        fields: Names of the values.
+        local: Checks this rank's arguments.
+        agreed: Groups whose ranks did agree; this one is added. It holds the groups
+            themselves, as a name comes again once its group was destroyed.
+        always: Compare in any case.
+
+    Returns:
+        What ``local`` returned.
+
+    Raises:
+        InvalidValue: as `agree`; without a comparison what ``local`` raises.
+        NotImplementedError: likewise.
+
+    Example:
+        >>> agree_once(None, 1, ("heads",), lambda: {"heads": 4}, WeakSet())
+        {'heads': 4}
+    """
+    # Which ranks look must not depend on local facts, or some would wait for ever.
+    if world > 1 and not always and group in agreed:
+        return local()
+    values = agree(group, world, fields, local)
+    if world > 1 and str(dist.get_backend(group)) == "nccl":
+        agreed.add(group)
+    return values
 
 
 def gather(t: Tensor, group: Any, world: int) -> Tensor:
@@ -100,5 +144,5 @@ def _number(value: Any) -> int:
         return struct.unpack("<q", struct.pack("<d", value))[0]
     if isinstance(value, str):
         # Not hash(): it differs between processes.
-        return int.from_bytes(value.encode()[:7].ljust(7), "little") + 31 * len(value)
+        return zlib.crc32(value.encode())
     return -1 if value is None else int(value)

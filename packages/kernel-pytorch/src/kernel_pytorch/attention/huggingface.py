@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from kernel_pytorch.attention.agreement import agree
+from kernel_pytorch.attention.agreement import agree_once
 from kernel_pytorch.attention.block_sparse import block_sparse_attention
 from kernel_pytorch.attention.blocks import autocast_enabled
 from kernel_pytorch.attention.huggingface_masks import (
@@ -37,7 +37,7 @@ from torchworks_core.errors import InvalidValue, MissingExtra
 
 _REFUSED = ("softcap", "s_aux", "sinks", "head_mask", "output_attentions", "cache")
 _FLASH = "kernel_pytorch_flash"
-_agreed: set[str] = set()
+_agreed: WeakSet[Any] = WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,19 +365,12 @@ def _sparse(call: Call, options: dict[str, Any], remainder: bool) -> Tensor:
 
 def _ring(call: Call, group: Any, layout: str) -> Tensor:
     process_group, _, world = resolve(group)
-    # As in the ring itself: on NCCL asking each time would wait for the device.
-    nccl = world > 1 and str(dist.get_backend(process_group)) == "nccl"
-    name = process_group.group_name if nccl else ""
 
     def local() -> dict[str, Any]:
         _check_shard(call, world, group, layout)
         return {}
 
-    if nccl and name in _agreed:
-        local()
-    else:
-        agree(process_group, world, (), local)
-        _agreed.add(name)
+    agree_once(process_group, world, (), local, _agreed)
     options = {"group": group, "layout": layout, "scale": call.scale}
     return ring_attention(call.q, call.k, call.v, call.spec, **options)
 

@@ -35,6 +35,8 @@ class Tile(enum.Enum):
 EMPTY, FULL = Tile.EMPTY, Tile.FULL
 INF = float("inf")
 Positions = range | Tensor
+# Position plus window must fit into int64, as must what ranks tell each other.
+_WIDEST = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,8 @@ class MaskSpec:
 
     Args:
         causal: Key j is seen by query i only if j <= i.
-        window: w >= 1. Without ``causal`` |i - j| < w, with it i - w < j <= i.
+        window: 1 <= w <= 2**62. Without ``causal`` |i - j| < w, with it
+            i - w < j <= i.
         key_padding: Bool [B, Nk], True = keep.
         documents: Integer [B, N]; queries see keys of their own document only.
         bias: Bool (True = may attend) or float (added to the scaled scores), at most
@@ -70,10 +73,13 @@ class MaskSpec:
         if not isinstance(self.causal, bool):
             raise InvalidValue(f"causal={self.causal!r}", "it must be True or False")
         window = self.window
-        if window is not None and (
-            isinstance(window, bool) or not isinstance(window, int) or window < 1
-        ):
-            raise InvalidValue(f"window={window!r}", "it must be None or an int >= 1")
+        if window is not None:
+            if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+                why = "it must be None or an int >= 1"
+                raise InvalidValue(f"window={window!r}", why)
+            if window > _WIDEST:
+                why = "it must be at most 2**62; None is no window"
+                raise InvalidValue(f"window={window!r}", why)
         for name, tensor in self.tensors().items():
             _check_part(name, tensor)
 

@@ -17,15 +17,17 @@ Decisions:
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernel_pytorch.attention.agreement import agree, gather
+from kernel_pytorch.attention.agreement import agree_once, gather
 from kernel_pytorch.attention.blocks import INF, check_qkv
 from kernel_pytorch.attention.layout import resolve, shard_length
 from kernel_pytorch.attention.masks import MaskSpec
@@ -43,7 +45,7 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class RingStats:
-    """What the last ring call of this process did.
+    """What the last ring call of this thread did.
 
     Attributes:
         steps: Steps worked on, the own keys included, of all ``world`` ones.
@@ -60,19 +62,29 @@ class RingStats:
     total_length: int
 
 
-_last: list[RingStats] = []
-_checked: set[str] = set()
+_local = threading.local()
+_checked: WeakSet[Any] = WeakSet()
 
 
 def ring_stats() -> RingStats:
-    """Return what the last ring call (forward or backward) of this process did.
+    """Return what the last ring call (forward or backward) of this thread did.
+
+    A backward pass belongs to the thread that ran its forward pass.
 
     Raises:
         InvalidValue: there was none.
     """
-    if not _last:
-        raise InvalidValue("ring_stats()", "no ring attention ran in this process")
-    return _last[0]
+    last = _own_stats()
+    if not last:
+        raise InvalidValue("ring_stats()", "no ring attention ran in this thread")
+    return last[0]
+
+
+def _own_stats() -> list[RingStats]:
+    """Where this thread keeps the stats of its last call, if any."""
+    if not hasattr(_local, "last"):
+        _local.last = []
+    return _local.last
 
 
 def ring_attention(
@@ -100,8 +112,8 @@ def ring_attention(
         scale: Factor of the scores; None is 1 / sqrt(D).
         total_length: Tokens without padding; None is n times the number of ranks.
         check: ``"always"`` compares the arguments of all ranks at each call also on
-            NCCL, where that waits for the device; else it is done at the first call
-            of a group. Other backends always compare.
+            NCCL, where that waits for the device; with None it is done at the first
+            call of a group. Other backends always compare.
 
     Returns:
         This rank's shard of the output, [B, H, n, D], 0 in padding.
@@ -140,22 +152,19 @@ def ring_with_lse(
     mask = MaskSpec() if mask is None else mask
 
     def local() -> dict[str, Any]:
+        if check not in (None, "always"):
+            raise InvalidValue(f"check={check!r}", "it must be None or 'always'")
         check_qkv(q, k, v)
-        return _signature(q, k, v, mask, world, layout, scale, total_length, group)
+        found = _signature(q, k, v, mask, world, layout, scale, total_length, group)
+        return found | {"check": check}
 
-    # Which ranks look must not depend on local facts, or some would wait for ever.
-    nccl = world > 1 and str(dist.get_backend(group)) == "nccl"
-    name = group.group_name if nccl else ""
-    if nccl and check != "always" and name in _checked:
-        values = local()
-    else:
-        values = agree(group, world, _FIELDS, local)
-        _checked.add(name)
+    fields = (*_FIELDS, "check")
+    values = agree_once(group, world, fields, local, _checked, check == "always")
     plan = ShardPlan(
         mask.causal, mask.window, world, values["total_length"], layout, values["scale"]
     )
     steps = plan.steps(_document_ranges(mask.documents, plan, rank, group))
-    ring = _Ring(plan, rank, group, steps, mask)
+    ring = _Ring(plan, rank, group, steps, mask, _own_stats())
     return _RingAttention.apply(q, k, v, ring)
 
 
@@ -166,6 +175,8 @@ class _Ring:
     group: Any
     steps: tuple[int, ...]
     mask: MaskSpec
+    # Of the thread that ran forward: backward may run in one of autograd's.
+    stats: list[RingStats]
 
     def hop(self, place: int) -> int:
         """Ranks to jump from ``steps[place]`` to the next one, or home."""
@@ -271,7 +282,8 @@ class _RingAttention(torch.autograd.Function):
 
 def _note(ring: _Ring, sent: int, pairs: float) -> None:
     plan = ring.plan
-    _last[:] = [RingStats(len(ring.steps), sent, pairs, plan.world, plan.total_length)]
+    stats = RingStats(len(ring.steps), sent, pairs, plan.world, plan.total_length)
+    ring.stats[:] = [stats]
 
 
 def _document_ranges(

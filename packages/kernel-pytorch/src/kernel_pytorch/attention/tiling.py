@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -69,18 +70,22 @@ class Work:
         self.calls += 1
 
 
-_active: list[Work] = []
+# Of each thread its own: threads run layers side by side.
+_active: ContextVar[tuple[Work, ...]] = ContextVar("active", default=())
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[Work]:
-    """Count the work done inside the block, in this process."""
+    """Count the work done inside the block, in this thread.
+
+    On CUDA a backward pass runs in a thread of autograd, which isn't counted here.
+    """
     work = Work()
-    _active.append(work)
+    token = _active.set((*_active.get(), work))
     try:
         yield work
     finally:
-        _active.remove(work)
+        _active.reset(token)
 
 
 def walk(
@@ -273,7 +278,7 @@ def _rows_forward(
     for call in calls:
         keys = slice(call.k0, call.k1)
         block = Block(scale, call.diagonal, call.tile, strict)
-        for work in _active:
+        for work in _active.get():
             work.add(call, backend_of(q, k, block))
         part = block_forward(q, k[:, :, keys], v[:, :, keys], block)
         if out is None or lse is None:
@@ -295,7 +300,7 @@ def _call_backward(
     block: Block,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
-    for work in _active:
+    for work in _active.get():
         work.add(call, backend_of(q, k, block))
     keys = slice(call.k0, call.k1)
     saved = (q, k[:, :, keys], v[:, :, keys], out, lse)
