@@ -19,7 +19,6 @@ from reference import dense_attention, gradients, layer_reference, mask_parts
 
 from kernel_pytorch.attention import ContextParallelAttention
 from kernel_pytorch.attention.agreement import agree
-from kernel_pytorch.attention.context_parallel import context_parallel_attention
 from kernel_pytorch.attention.layout import (
     shard_length,
     shard_positions,
@@ -263,12 +262,17 @@ def run_layer(group, n=37, width=16, heads=4):
 
 
 def run_layer_refusals(group):
-    """Return what this rank is told of a length, and of a size, that don't fit."""
-    told = []
-    for size, odd in ((RANKS, 1), (RANKS + 1, 0)):
+    """Return what this rank is told of a length, a size and a mask that don't fit."""
+    told, rank = [], dist.get_rank(group)
+    for size, tokens, keys in (
+        (RANKS, 9 + rank, None),
+        (RANKS + 1, 9, None),
+        (RANKS, 9, 9 - rank),
+    ):
+        mask = None if keys is None else torch.ones(1, keys)
         try:
             layer = ContextParallelAttention(8, 2, size, group)
-            layer(torch.randn(1, 9 + odd * dist.get_rank(group), 8))
+            layer(torch.randn(1, tokens, 8), mask)
             told.append("nothing raised")
         except ValueError as error:
             told.append(str(error))
@@ -301,34 +305,6 @@ def run_long(group, folder):
         )
         for kind, parts in found.items()
     }
-
-
-def run_whole_attention(group):
-    """Return the error of whole-sequence attention, and a refusal."""
-    torch.manual_seed(2)
-    parts = mask_parts(2, 4, 37)["everything"]
-    tensors = [torch.randn(2, h, 37, 8) for h in (4, 2, 2)]
-    d_out = torch.randn(2, 4, 37, 8)
-    mask = MaskSpec(**parts)
-    found = gradients(
-        lambda *t: (
-            context_parallel_attention(*t, mask, group=group),
-            torch.zeros(()),
-        ),
-        tensors,
-        d_out,
-    )
-    wanted = gradients(lambda *t: dense_attention(*t, mask), tensors, d_out)
-    worst = (found[0] - wanted[0]).abs().max().item()
-    for a, b in zip(found[2], wanted[2], strict=True):
-        worst = max(worst, (a - b).abs().max().item() / max(1, b.abs().max().item()))
-    short = MaskSpec(key_padding=torch.ones(2, 37 - dist.get_rank(), dtype=torch.bool))
-    try:
-        context_parallel_attention(*tensors, short, group=group)
-        told = "nothing raised"
-    except ValueError as error:
-        told = str(error)
-    return worst, told
 
 
 def die():
@@ -424,7 +400,6 @@ def worker(rank, folder):
         report["stats"][name] = run_stats(group, 480)
         run_sharding(group)
         report["layer"][name] = run_layer(group)
-    report["whole"] = run_whole_attention(groups["4"])
     report["refusals"] = run_layer_refusals(groups["4"])
     report["disagreements"] = run_disagreements(groups["4"])
     write(folder, rank, report)

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reference import dense_attention, gradients, mask_parts
 
 from kernel_pytorch.attention.context_parallel import (
-    context_parallel_attention,
     place,
     shard_mask,
 )
@@ -106,17 +105,6 @@ def test_nothing_is_computed_across_documents():
     with counting() as work:
         serial_ring(q, k, v, mask, devices=["cpu"] * 8, layout="contiguous")
     assert work.pairs == 8 * 64 * 64
-
-
-@pytest.mark.fast
-def test_no_group_is_one_device():
-    q, k, v = inputs()
-    mask = MaskSpec(**mask_parts(2, 4, 37)["everything"])
-    out = context_parallel_attention(q, k, v, mask, group=None)
-    wanted = dense_attention(q, k, v, mask)[0]
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="of one sequence"):
-        context_parallel_attention(q, k[:, :, :5], v[:, :, :5], group=None)
 
 
 @pytest.mark.fast

@@ -121,8 +121,6 @@ def test_positions_beyond_the_tensors_are_refused(kind):
 
 
 @pytest.mark.fast
-def test_frozen_and_trivial():
-    assert MaskSpec().trivial
-    assert not MaskSpec(window=3).trivial
+def test_frozen():
     with pytest.raises(AttributeError):
         MaskSpec().causal = True

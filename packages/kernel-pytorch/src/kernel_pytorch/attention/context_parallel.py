@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernel_pytorch.attention.agreement import agree
-from kernel_pytorch.attention.blocks import check_qkv, lse_dtype
+from kernel_pytorch.attention.blocks import lse_dtype
 from kernel_pytorch.attention.layout import (
     resolve,
     shard_length,
@@ -27,8 +27,6 @@ from kernel_pytorch.attention.layout import (
     unshard_sequence,
 )
 from kernel_pytorch.attention.masks import MaskSpec
-from kernel_pytorch.attention.partial import lay_mask
-from kernel_pytorch.attention.ring import ring_with_lse
 from kernel_pytorch.attention.shards import cut_mask
 from torchworks_core.errors import InvalidValue
 
@@ -92,54 +90,6 @@ def place(size: int, device_mesh: Any = None) -> Placement:
     if size > 1:
         _log.info("context parallelism of %d is emulated on %s", size, device)
     return Placement("emulated", None, (device,) * size)
-
-
-def context_parallel_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaskSpec | None = None,
-    *,
-    group: Any,
-    layout: str = "zigzag",
-    scale: float | None = None,
-) -> Tensor:
-    """Attend over ranks, whole sequence in and out; collective.
-
-    Args:
-        q: [B, H, N, D], equal on all ranks.
-        k: [B, Hkv, N, D].
-        v: Like ``k``.
-        mask: Of the whole sequence.
-        group: ProcessGroup, 1-D DeviceMesh, or None for one device.
-        layout: ``"zigzag"`` or ``"contiguous"``.
-        scale: Factor of the scores; None is 1 / sqrt(D).
-
-    Returns:
-        [B, H, N, D], equal on all ranks, as are the gradients of q, k and v.
-
-    Raises:
-        InvalidValue: as `kernel_pytorch.attention.ring_attention`.
-
-    Example:
-        >>> q = torch.randn(1, 2, 5, 8)
-        >>> context_parallel_attention(q, q, q, group=None).shape
-        torch.Size([1, 2, 5, 8])
-    """
-
-    def local() -> int:
-        check_qkv(q, k, v)
-        lay_mask(mask, q, k)
-        if q.shape[2] != k.shape[2]:
-            why = "queries and keys must be of one sequence"
-            raise InvalidValue(f"q has {q.shape[2]} tokens, k {k.shape[2]}", why)
-        return q.shape[2]
-
-    length = agree_on_length(group, layout, local)
-    q, k, v = (scatter_sequence(t, 2, group, layout) for t in (q, k, v))
-    mask = None if mask is None else shard_mask(mask, length, group, layout)
-    out, _ = ring_with_lse(q, k, v, mask, group, layout, scale, length)
-    return gather_sequence(out, 2, group, layout, length)
 
 
 def agree_on_length(group: Any, layout: str, local: Callable[[], int]) -> int:

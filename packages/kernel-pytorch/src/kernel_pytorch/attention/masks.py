@@ -83,11 +83,6 @@ class MaskSpec:
         for name, tensor in self.tensors().items():
             _check_part(name, tensor)
 
-    @property
-    def trivial(self) -> bool:
-        """True if the mask hides nothing and adds nothing."""
-        return not (self.causal or self.window or self.tensors())
-
     def tensors(self) -> dict[str, Tensor]:
         """The parts that are tensors, by name; absent ones are left out."""
         names = ("key_padding", "documents", "bias")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from kernel_pytorch.attention.blocks import lse_dtype
+from kernel_pytorch.attention.blocks import checked_scale, lse_dtype
 from kernel_pytorch.attention.masks import LaidMask, MaskSpec
 from kernel_pytorch.attention.partial import lay_mask
 from kernel_pytorch.attention.tiling import backward, clean, forward
@@ -87,7 +87,7 @@ def project_and_attend(
         chunk_size = max(512, budget // max(row, 1))
     elif chunk_size < 1:
         raise InvalidValue(f"chunk_size={chunk_size}", "it must be None or >= 1")
-    scale = dim**-0.5 if scale is None else float(scale)
+    scale = checked_scale(scale, dim)
     # Under no_grad a Function is still told that its inputs require gradients.
     wanted = [t is not None and t.requires_grad for t in (x, *weights)]
     training = torch.is_grad_enabled() and any(wanted)

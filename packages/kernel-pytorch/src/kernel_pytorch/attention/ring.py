@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernel_pytorch.attention.agreement import agree_once, gather
-from kernel_pytorch.attention.blocks import INF, check_qkv
+from kernel_pytorch.attention.blocks import INF, check_qkv, checked_scale
 from kernel_pytorch.attention.layout import resolve, shard_length
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.partial import refuse_trained_bias
@@ -325,7 +325,7 @@ def _signature(
     found += (mask.causal, mask.window)
     found += tuple(kinds.get(name) for name in ("key_padding", "documents"))
     found += ("bias" in kinds, total, layout)
-    found += (dim**-0.5 if scale is None else float(scale), grad)
+    found += (checked_scale(scale, dim), grad)
     return dict(zip(_FIELDS, found, strict=True))
 
 
