@@ -7,7 +7,6 @@ is the high-water mark of a fresh process, less what it held before.
 """
 
 import functools
-import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,9 +27,6 @@ from kernel_pytorch.attention import (
     attention,
     block_sparse_attention,
     build_block_index,
-    ring_attention,
-    ring_stats,
-    shard_sequence,
 )
 from torchworks_core.bench import compare
 
@@ -39,11 +34,21 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools.bench import kernel_pytorch_quality as quality  # noqa: E402
+from tools.bench.kernel_pytorch_memory import (  # noqa: E402
+    DIM,
+    HEADS,
+    LAYER_TOKENS,
+    LAYER_WIDTH,
+    RING_TOKENS,
+    Job,
+    in_process,
+    inputs,
+    ring_rank,
+    sdpa_layer,
+)
 
-HEADS, DIM, LONG = 8, 64, 16384
+LONG = 16384
 SDPA, FLEX = "torch SDPA", "compiled FlexAttention"
-LAYER_TOKENS, LAYER_WIDTH, RING_TOKENS = 65536, 512, 8192
-Job = Callable[[], object]
 
 
 def rows() -> Iterable[dict]:
@@ -61,7 +66,7 @@ def rows() -> Iterable[dict]:
 
 def sparse_forward() -> Iterable[dict]:
     """Block-sparse forward against dense, without and with the choice of blocks."""
-    q, k, v = inputs()
+    q, k, v = inputs(LONG)
     for ratio, block, goal in ((0.9, 64, 9.5), (0.9, 128, 9.5), (0.95, 64, 17)):
         index = spread(ratio, block)
         kept = f"{100 * index.density:.1f} % of the blocks kept"
@@ -93,7 +98,7 @@ def sparse_forward() -> Iterable[dict]:
 
 def sparse_training() -> dict:
     """Forward and backward, 90 % sparse."""
-    leaves = [t.requires_grad_() for t in inputs()]
+    leaves = [t.requires_grad_() for t in inputs(LONG)]
     index, d_out = spread(0.9, 64), torch.randn(1, HEADS, LONG, DIM)
 
     def both(function: Callable[..., Tensor]) -> object:
@@ -112,7 +117,7 @@ def flex() -> dict:
     """The same blocks in compiled FlexAttention."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    q, k, v = inputs()
+    q, k, v = inputs(LONG)
     index = spread(0.9, 128)
     lists, compiled = index.to_flex(), torch.compile(flex_attention, dynamic=False)
     begin = time.perf_counter()
@@ -260,29 +265,6 @@ def ring() -> Iterable[dict]:
         }
 
 
-def ring_rank(rank: int, world: int, folder: str) -> None:
-    """Run one rank, and write its pairs, bytes sent and memory."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    group = dist.group.WORLD
-    leaves = [shard_sequence(t, 2, group) for t in inputs(RING_TOKENS)]
-    leaves = [t.requires_grad_() for t in leaves]
-    small = [t[:, :, :64].detach() for t in leaves]
-    ring_attention(*small, group=group)
-    kept: list[Tensor] = []
-    mask = MaskSpec(causal=True)
-    memory = high_water(lambda: kept.append(ring_attention(*leaves, mask, group=group)))
-    pairs, sent = ring_stats().pairs, ring_stats().bytes_sent
-    kept[0].backward(torch.ones_like(kept[0]))
-    pairs += 2 * ring_stats().pairs
-    sent += ring_stats().bytes_sent
-    Path(folder, str(rank)).write_text(f"{pairs} {sent} {memory}")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def importing() -> dict:
     """What ``import kernel_pytorch`` adds to ``import torch``."""
     code = (
@@ -303,13 +285,6 @@ def importing() -> dict:
 
 
 _QUIET = {"check": True, "capture_output": True, "text": True}
-
-
-def inputs(tokens: int = LONG) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [1, HEADS, tokens, DIM]."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, HEADS, tokens, DIM) for _ in range(3))
-    return q, k, v
 
 
 def spread(ratio: float, block: int) -> BlockIndex:
@@ -344,76 +319,3 @@ def against(
         "goal": goal,
         "note": f"{note}; {extra}" if extra else note,
     }
-
-
-def in_process(name: str) -> int:
-    """Run one of `_MEMORY` in a fresh process; bytes above what it held before."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "bytes")
-        mp.spawn(_measured, (name, str(path)), nprocs=1)
-        return int(path.read_text())
-
-
-def _measured(_: int, name: str, path: str) -> None:
-    Path(path).write_text(str(high_water(_MEMORY[name]())))
-
-
-def high_water(work: Job) -> int:
-    """Bytes by which this process's memory grows at most while ``work`` runs."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the mark
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(name)
-    )
-    return int(line.split()[1]) * 1024
-
-
-def sdpa_layer(layer: RingAttentionLayer, x: Tensor) -> Tensor:
-    """The same layer as most models write it."""
-    q, k, v = layer.project(x)
-    return layer.merge(scaled_dot_product_attention(q, k, v))
-
-
-def _layer_job(ours: bool) -> Job:
-    options = {"window": 256} if ours else {}
-    layer = RingAttentionLayer(LAYER_WIDTH, HEADS, device="cpu", **options)
-    run = layer if ours else functools.partial(sdpa_layer, layer)
-    with torch.no_grad():
-        run(torch.randn(1, 600, LAYER_WIDTH))
-    x = torch.randn(1, LAYER_TOKENS, LAYER_WIDTH)
-
-    def work() -> None:
-        with torch.no_grad():
-            run(x)
-
-    return work
-
-
-def _window_job() -> Job:
-    small = torch.randn(1, 1, 4096, DIM)
-    mask = MaskSpec(causal=True, window=1024)
-    attention(small, small, small, mask)
-    q, k, v = (torch.randn(1, 1, 1_000_000, DIM) for _ in range(3))
-    return lambda: attention(q, k, v, mask)
-
-
-def _alone_job() -> Job:
-    torch.set_num_threads(1)
-    q, k, v = (t.requires_grad_() for t in inputs(RING_TOKENS))
-    attention(q[:, :, :64], k[:, :, :64], v[:, :, :64])
-    return functools.partial(attention, q, k, v, MaskSpec(causal=True))
-
-
-_MEMORY: dict[str, Callable[[], Job]] = {
-    "layer": lambda: _layer_job(True),
-    "sdpa_layer": lambda: _layer_job(False),
-    "window": _window_job,
-    "alone": _alone_job,
-}

@@ -119,7 +119,7 @@ def test_memory_is_linear(name):
 
 
 @pytest.mark.critical
-@pytest.mark.parametrize(("window", "n"), [(None, 10240), (256, 32768)])
+@pytest.mark.parametrize(("window", "n"), [(None, 14336), (256, 32768)])
 def test_a_layer_holds_keys_values_and_its_result(window, n):
     width = 512
     layer = RingAttentionLayer(width, 8, device="cpu", window=window)
