@@ -308,6 +308,8 @@ class TestReport:
             "code model",
             "average of both",
             "fused model",
+            "exact attention",
+            "sparse attention",
             "in a worker",
         ]
         assert rows["fused model"]["parameters"] == (
@@ -319,12 +321,22 @@ class TestReport:
             rows[f"{domain} model"]["cache_bytes"] for domain in DOMAINS
         )
 
+    def test_other_attention_predicts_the_same(self, tour):
+        rows = {row["name"]: row for row in tour[0]["rows"]}
+        here, exact = rows["fused model"], rows["exact attention"]
+        assert exact["bits"] == pytest.approx(here["bits"], abs=1e-4)
+        assert exact["cache_bytes"] == here["cache_bytes"]
+        assert rows["sparse attention"]["bits"] != here["bits"]
+        checks = tour[0]["checks"][3:6]
+        assert [check["kept"] for check in checks] == [True] * 3, checks
+        assert "blockwise attention" in checks[0]["promised"]
+
     def test_a_worker_predicts_the_same(self, tour):
         rows = {row["name"]: row for row in tour[0]["rows"]}
         here, there = rows["fused model"], rows["in a worker"]
         for name in ("bits", "bits_per_byte", "parameters", "cache_bytes"):
             assert there[name] == here[name]
-        checks = tour[0]["checks"][3:]
+        checks = tour[0]["checks"][6:]
         assert [check["kept"] for check in checks] == [True] * 4, checks
         assert f"this one is {os.getpid()}" in checks[0]["measured"]
         assert get_all_machines() == []

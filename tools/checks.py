@@ -35,7 +35,7 @@ HIDDEN_FILES = {
 }
 PACKAGE_ENTRIES = {
     "CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "csrc", "examples",
-    "hatch_build.py", "pyproject.toml", "setup.py", "src", "tests",
+    "conftest.py", "hatch_build.py", "pyproject.toml", "setup.py", "src", "tests",
 }  # fmt: skip
 SOURCE_SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp"}
 COMMAND = re.compile(r"pip install 'nox\[uv\]' && nox -s \w+(?: -- [^`\"#\n]+)?")

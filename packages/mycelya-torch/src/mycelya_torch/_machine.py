@@ -369,6 +369,7 @@ def _seed(index: int) -> None:
 
 
 def _stop_all() -> None:
+    lives = [machine._life for machine in list(_machines)]
     for machine in list(_machines):
         try:
             machine.stop()
@@ -380,6 +381,11 @@ def _stop_all() -> None:
         # A start that was given up: what it still gets is to be freed.
         with contextlib.suppress(KeyboardInterrupt):
             life.join(_LAST_SECONDS)
+    with contextlib.suppress(KeyboardInterrupt):
+        for life in lives:
+            if life is not None:
+                life.join(_LAST_SECONDS)
+        _stats.end_threads(_LAST_SECONDS)
 
 
 def _forget_all() -> None:

@@ -9,6 +9,8 @@ import os
 import queue
 import sys
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -23,6 +25,7 @@ _OURS = tuple(
     os.path.dirname(os.path.abspath(path)) + os.sep
     for path in (__file__, torch.__file__)
 )
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _NOWHERE = ("<no Python frame>", 0, "backward")
 # One for each device index: (file, line, function, reason) -> [count, seconds].
 _points: list[dict[tuple[str, int, str, str], list]] = [
@@ -179,7 +182,22 @@ def start_thread(name: str, run: Callable[[], None]) -> None:
         _quiet.on = True
         run()
 
-    threading.Thread(target=quietly, name=name, daemon=True).start()
+    thread = threading.Thread(target=quietly, name=name, daemon=True)
+    _threads.add(thread)
+    thread.start()
+
+
+def end_threads(seconds: float) -> None:
+    """Wait for the threads, once no machine is left that they could wait for.
+
+    Python ends a thread that wants the lock of an interpreter which is going away; in
+    the middle of an operator, that ends the process with an abort.
+    """
+    for reads in list(_reads.values()):
+        reads.end()
+    latest = time.monotonic() + seconds
+    for thread in list(_threads):
+        thread.join(max(0.0, latest - time.monotonic()))
 
 
 class _Reads:
@@ -201,9 +219,14 @@ class _Reads:
         queued = map(self._begun.put, zip([future], map(read, [tensor]), strict=True))
         deque(queued, maxlen=0)
 
+    def end(self) -> None:
+        """Have the thread end, after the reads that were begun."""
+        self._begun.put(None)
+
     def _run(self) -> None:
-        while True:
-            future, (tensor, ticket) = self._begun.get()
+        while (begun := self._begun.get()) is not None:
+            future, (tensor, ticket) = begun
+            del begun
             try:
                 torch.ops.mycelya.finish_read(self._index, ticket, "copy to cpu")
             except BaseException as error:
@@ -242,3 +265,4 @@ def forget() -> None:
     global _lock
     _lock = threading.RLock()
     _reads.clear()
+    _threads.clear()
