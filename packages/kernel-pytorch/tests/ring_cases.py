@@ -32,7 +32,7 @@ from kernel_pytorch.attention.shards import ShardPlan
 
 RANKS = 4
 MEMBERS = {"1": [1], "2": [3, 1], "3": [0, 1, 2], "4": [0, 1, 2, 3]}
-TIMEOUT = 60
+TIMEOUT, LONG_TIMEOUT = 20, 60
 SHORT, LONG = (1, 7, 64, 130), (1000,)
 LONG_KINDS = (
     *("none", "causal", "window", "causal_window", "causal_padding"),
@@ -355,7 +355,7 @@ def run_stall(groups, folder):
     return found
 
 
-def start(rank, folder):
+def start(rank, folder, seconds=TIMEOUT):
     """Join the other ranks; return groups of one to four of them, by size."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -364,13 +364,13 @@ def start(rank, folder):
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=RANKS,
-        timeout=timedelta(seconds=TIMEOUT),
+        timeout=timedelta(seconds=seconds),
     )
     return {name: dist.new_group(ranks) for name, ranks in MEMBERS.items()}
 
 
 def long_worker(rank, folder):
-    groups = start(rank, folder)
+    groups = start(rank, folder, LONG_TIMEOUT)
     found = {
         name: run_long(groups[name], folder)
         for name, ranks in MEMBERS.items()

@@ -82,13 +82,16 @@ class TestCriticalRegression:
         x = torch.ones(4, device=machine.device())
         (x + 1).sum().item()
         machine.reset_stats()
+        time.sleep(0.02)  # from now on records wait 2 ms for others, not 0.2
+        begin = time.monotonic()
         for _ in range(1000):
             x = x * 1
         assert x.sum().item() == 4
+        seconds = time.monotonic() - begin
         stats = machine.stats()
         assert stats.ops >= 1000
-        # How many go in one depends on the machine's load: the benchmark's goal is 50.
-        assert stats.ops / stats.frames_sent >= 5
+        # 50 to a frame; where a busy box makes fewer in 2 ms, a frame each 2 ms.
+        assert stats.frames_sent <= max(20, 2 + seconds / 0.002)
         assert stats.round_trips == 1
 
     def test_before_a_machine_starts_there_is_nothing_to_wait_for(self):

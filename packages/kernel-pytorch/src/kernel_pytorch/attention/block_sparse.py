@@ -28,6 +28,7 @@ from kernel_pytorch.attention.blocks import (
     checked_scale,
     in_autocast_dtype,
 )
+from kernel_pytorch.attention.mask_operands import check_mask_operands, mask_operands
 from kernel_pytorch.attention.masks import MaskSpec
 from kernel_pytorch.attention.partial import lay_mask, refuse_trained_bias
 from torchworks_core.errors import InvalidValue
@@ -96,15 +97,14 @@ def block_sparse_attention(
     # Dynamo can't trace the mask's own checks; the operator repeats what is unsafe.
     if not torch.compiler.is_compiling():
         lay_mask(mask, q, k)
-    padding, documents, bias = _parts(mask, q, k)
+    padding, documents, window = mask_operands(mask, q, k)
+    bias = _bias_of(mask, q, k)
     if remainder and bias is not None:
         raise NotImplementedError(
             "remainder=True with mask.bias: whether a dropped block may enter by its "
             "mean can't be told from a bias. Leave one of them out."
         )
     extra_k, extra_v = _block_means(k, v, index, mask) if remainder else (None, None)
-    # A window longer than both inputs is none, and needs no 64-bit care in the kernel.
-    window = min(mask.window or 0, q.shape[2] + k.shape[2])
     out, lse = torch.ops.kernel_pytorch.block_sparse_forward(
         q,
         k,
@@ -315,19 +315,13 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
 
 def _check_problem(p: Problem) -> None:
     """Refuse shapes that a kernel would read beyond: a compiled graph comes here."""
-    (batch, _, q_len, dim), (_, groups, kv_len, _) = p.q.shape, p.k.shape
     check_qkv(p.q, p.k, p.v)
-    blocks = -(-kv_len // p.block_size)
-    means = (batch, groups, blocks, dim)
-    wanted = {
-        "key_padding": (p.key_padding, (batch, kv_len)),
-        "documents": (p.documents, (batch, max(q_len, kv_len))),
-        "extra_k": (p.extra_k, means),
-        "extra_v": (p.extra_v, means),
-    }
-    for name, (found, shape) in wanted.items():
-        if found is not None and tuple(found.shape) != shape:
-            raise InvalidValue(f"{name} {tuple(found.shape)}", f"it must be {shape}")
+    check_mask_operands(p.key_padding, p.documents, p.q, p.k)
+    batch, dim = p.q.shape[0], p.q.shape[3]
+    means = (batch, p.k.shape[1], p.kv_blocks, dim)
+    for name, found in (("extra_k", p.extra_k), ("extra_v", p.extra_v)):
+        if found is not None and tuple(found.shape) != means:
+            raise InvalidValue(f"{name} {tuple(found.shape)}", f"it must be {means}")
     if p.counts.shape[0] not in (1, batch) or p.counts.shape[1] != p.q.shape[1]:
         shapes = f"counts {tuple(p.counts.shape)}, q {tuple(p.q.shape)}"
         raise InvalidValue(shapes, "batch or heads of the index are others")
@@ -362,22 +356,14 @@ def _check_index(q: Tensor, k: Tensor, index: BlockIndex) -> None:
         raise InvalidValue(f"index on {index.counts.device}", f"q is on {q.device}")
 
 
-def _parts(
-    mask: MaskSpec, q: Tensor, k: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The mask's tensors, for the whole batch and as long as q and k."""
-    padding, documents, bias = mask.key_padding, mask.documents, mask.bias
-    if padding is not None:
-        padding = padding[:, : k.shape[2]].expand(len(q), -1)
-    if documents is not None:
-        length = max(q.shape[2], k.shape[2])
-        documents = documents[:, :length].expand(len(q), -1).to(torch.int64)
-    if bias is not None:
-        bias = bias.detach().reshape((1,) * (4 - bias.ndim) + bias.shape)
-        rows, columns = q.shape[2], k.shape[2]
-        bias = bias if bias.shape[2] == 1 else bias[:, :, :rows]
-        bias = bias if bias.shape[3] == 1 else bias[..., :columns]
-    return padding, documents, bias
+def _bias_of(mask: MaskSpec, q: Tensor, k: Tensor) -> Tensor | None:
+    """The bias, four-dimensional and as long as q and k."""
+    if mask.bias is None:
+        return None
+    bias = mask.bias.detach()
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    bias = bias if bias.shape[2] == 1 else bias[:, :, : q.shape[2]]
+    return bias if bias.shape[3] == 1 else bias[..., : k.shape[2]]
 
 
 def _block_means(

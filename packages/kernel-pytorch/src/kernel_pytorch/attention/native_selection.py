@@ -8,13 +8,16 @@ shapes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_pytorch.attention import native
+from kernel_pytorch.attention.blocks import check_qkv
+from kernel_pytorch.attention.mask_operands import check_mask_operands, mask_operands
 from kernel_pytorch.attention.masks import MaskSpec
+from torchworks_core.errors import InvalidValue
 
 _MAX_DIM = 256
 
@@ -61,14 +64,7 @@ def select_native(
         Counts int32 [B, H, Tq], blocks int32 [B, H, Tq, width], and the missed mass,
         float32 [B, H, Tq].
     """
-    padding, documents = mask.key_padding, mask.documents
-    if padding is not None:
-        padding = padding[:, : k.shape[2]].expand(len(q), -1)
-    if documents is not None:
-        length = max(q.shape[2], k.shape[2])
-        documents = documents[:, :length].expand(len(q), -1).to(torch.int64)
-    # A window longer than both inputs is none.
-    window = min(mask.window or 0, q.shape[2] + k.shape[2])
+    padding, documents, window = mask_operands(mask, q, k)
     counts, blocks, missed = torch.ops.kernel_pytorch.select_blocks(
         q.detach(),
         k.detach(),
@@ -92,20 +88,32 @@ def _width(kv_blocks: int, keep: float, coverage: float) -> int:
     return kv_blocks if coverage else min(kv_blocks, max(1, round(keep * kv_blocks)))
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    block_logits: Tensor | None,
-    block_size: int,
-    causal: bool,
-    window: int,
-    keep: float,
-    coverage: float,
-    remainder: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    counts, blocks, missed = _empty(q, k, block_size, keep, coverage)
+class _Arguments(NamedTuple):
+    """What the operator takes; see `select_native` and `Choice`."""
+
+    q: Tensor
+    k: Tensor
+    key_padding: Tensor | None
+    documents: Tensor | None
+    block_logits: Tensor | None
+    block_size: int
+    causal: bool
+    window: int
+    keep: float
+    coverage: float
+    remainder: bool
+
+
+def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = _Arguments(*args)
+    counts, blocks, missed = _empty(given)
+    q, k, key_padding, documents, block_logits, block_size = given[:6]
+    check_qkv(q, k, k)
+    check_mask_operands(key_padding, documents, q, k)
+    sizes = (*counts.shape, -(-k.shape[2] // block_size))
+    if block_logits is not None and tuple(block_logits.shape) != sizes:
+        shape = f"block logits of shape {tuple(block_logits.shape)}"
+        raise InvalidValue(shape, f"it must be {sizes}")
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     parts = {"key_padding": key_padding, "documents": documents, "logits": block_logits}
     dense = {n: None if t is None else t.contiguous() for n, t in parts.items()}
@@ -115,7 +123,11 @@ def _run(
     done = native.select(
         {"q": q, "k": k, **dense},
         results,
-        {"keep": keep, "coverage": coverage, "remainder": int(remainder)},
+        {
+            "keep": given.keep,
+            "coverage": given.coverage,
+            "remainder": int(given.remainder),
+        },
         batch=batch,
         heads=heads,
         kv_heads=k.shape[1],
@@ -126,8 +138,8 @@ def _run(
         width=blocks.shape[-1],
         block=block_size,
         positions=0 if documents is None else documents.shape[1],
-        causal=int(causal),
-        window=window,
+        causal=int(given.causal),
+        window=given.window,
         scale=dim**-0.5,
         dtype=native.dtype_code(q.dtype) or 0,
     )
@@ -137,27 +149,11 @@ def _run(
     return counts, blocks, missed
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    block_logits: Tensor | None,
-    block_size: int,
-    causal: bool,
-    window: int,
-    keep: float,
-    coverage: float,
-    remainder: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q, k, block_size, keep, coverage)
-
-
-def _empty(
-    q: Tensor, k: Tensor, block_size: int, keep: float, coverage: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    q, block_size = given.q, given.block_size
     sizes = *q.shape[:2], -(-q.shape[2] // block_size)
-    width = _width(-(-k.shape[2] // block_size), keep, coverage)
+    kv_blocks = -(-given.k.shape[2] // block_size)
+    width = _width(kv_blocks, given.keep, given.coverage)
     counts = q.new_empty(sizes, dtype=torch.int32)
     # Entries beyond a count are never read, but they should not change from call to
     # call.
@@ -165,12 +161,13 @@ def _empty(
     return counts, blocks, q.new_empty(sizes, dtype=torch.float32)
 
 
-def _register() -> None:
-    # Not by torch.library.custom_op, which imports all of torch._dynamo.
-    name = "kernel_pytorch::select_blocks"
-    torch.library.define(name, torch.library.infer_schema(_run, mutates_args=()))
-    torch.library.impl(name, "CompositeExplicitAutograd", _run)
-    torch.library.register_fake(name, _fake)
-
-
-_register()
+# Not by torch.library.custom_op, which imports all of torch._dynamo.
+_NAME = "kernel_pytorch::select_blocks"
+torch.library.define(
+    _NAME,
+    "(Tensor q, Tensor k, Tensor? key_padding, Tensor? documents, "
+    "Tensor? block_logits, SymInt block_size, bool causal, SymInt window, "
+    "float keep, float coverage, bool remainder) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl(_NAME, "CompositeExplicitAutograd", _run)
+torch.library.register_fake(_NAME, lambda *args: _empty(_Arguments(*args)))
