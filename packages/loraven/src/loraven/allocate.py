@@ -67,8 +67,8 @@ def allocate(
         if table.spent(table.last) <= budget:
             floor = table.last
         elif (least := table.spent(np.zeros_like(floor))) > budget:
-            # Rounded up, so that the level in the message can be given.
-            smallest = -(-least * 10**4 // dense_cost) / 10**4
+            # The next one of four digits: it can be given as it is read.
+            smallest = (least * 10**4 // dense_cost + 1) / 10**4
             why = f"the cheapest choices cost {least / dense_cost:.4f} of dense"
             raise InvalidValue(f"level {level}", why, f"Give {smallest} or more")
         else:
