@@ -135,8 +135,8 @@ def valid(batch: Any, token_mask: TokenMask = None) -> Tensor | None:
 def select(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """The valid vectors of ``x`` (..., n) as (tokens, n), or None if none can tell.
 
-    The mask is matched to (mask's shape, n), to its flattened form, and, by examples, to
-    (B, n) and (B, 1, n).
+    Inputs of the mask's shape, of its flattened one, and of (B, n) or (B, 1, n), one
+    vector for each example, are matched to it.
     """
     keep = spread(x, mask)
     flat = x.reshape(-1, x.shape[-1])
