@@ -3,6 +3,7 @@
 
 from importlib.metadata import version
 
+from loraven.budget import BudgetExhaustedException, BudgetManager
 from loraven.energy import (
     EnergyEstimator,
     PerfEstimator,
@@ -15,6 +16,8 @@ from loraven.schedulers import (
 )
 
 __all__ = [
+    "BudgetExhaustedException",
+    "BudgetManager",
     "EnergyAwareRankScheduler",
     "EnergyEstimator",
     "LinearRankScheduler",
