@@ -226,12 +226,13 @@ class BudgetManager:
             self._clear()
             self._scaling = 1.0
             self._window: deque[tuple[int, int, float | None]] = deque()
+            self._metrics: deque[float] = deque()
             self._sums = (0, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             state = self.__dict__ | {"_open": dict(self._open)}
-            state["_window"] = self._window.copy()
+            state |= {key: state[key].copy() for key in ("_window", "_metrics")}
         del state["_lock"]
         return state
 
@@ -253,12 +254,16 @@ class BudgetManager:
         """Move the scaling factor by the window's surplus and the metric's drop."""
         given, used = self._sums
         if len(self._window) == self.window_size:
-            first = self._window.popleft()
-            given, used = given - first[0], used - first[1]
+            old_granted, old_actual, old_metric = self._window.popleft()
+            given, used = given - old_granted, used - old_actual
+            if old_metric is not None:
+                self._metrics.popleft()
         self._window.append((granted, actual, metric))
+        if metric is not None:
+            self._metrics.append(metric)
         self._sums = given, used = given + granted, used + actual
         surplus = max(1 - used / given, -1.0) if given else -float(used > 0)
-        error = surplus + _drop([m for *_, m in self._window if m is not None])
+        error = surplus + (_drop([*self._metrics]) if self._metrics else 0.0)
         # An exponent this large is clipped below whatever it is.
         step = math.exp(max(min(self.adaptation_rate * error, 2.0), -2.0))
         self._scaling = min(max(self._scaling * step, 0.5), 2.0)
