@@ -3,6 +3,27 @@
 
 from importlib.metadata import version
 
-__all__: list[str] = []
+from loraven.budget import BudgetExhaustedException, BudgetManager
+from loraven.energy import (
+    EnergyEstimator,
+    PerfEstimator,
+    get_default_hardware_profile,
+)
+from loraven.schedulers import (
+    EnergyAwareRankScheduler,
+    LinearRankScheduler,
+    RankScheduler,
+)
+
+__all__ = [
+    "BudgetExhaustedException",
+    "BudgetManager",
+    "EnergyAwareRankScheduler",
+    "EnergyEstimator",
+    "LinearRankScheduler",
+    "PerfEstimator",
+    "RankScheduler",
+    "get_default_hardware_profile",
+]
 
 __version__ = version("loraven")
