@@ -8,7 +8,6 @@ integers in the modules, so two twins in two threads don't disturb each other.
 """
 
 import copy
-import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loraven.checks import number
 from loraven.nested import NestedLinear
 from loraven.summary import ConversionSummary
 from torchworks_core.errors import InvalidValue, NotReady
@@ -52,17 +52,12 @@ class Family:
 
     def index(self, budget: float) -> int:
         """The largest level that ``budget`` pays for."""
-        if isinstance(budget, bool) or not isinstance(budget, int | float):
-            kind = type(budget).__name__
-            raise TypeError(f"budget is a number in (0, 1], not a {kind}: {budget!r}")
-        listed = ", ".join(map(repr, self.levels))
-        if not (math.isfinite(budget) and 0 < budget <= 1):
-            why = "it is a fraction of the dense cost, in (0, 1]"
-            raise InvalidValue(f"budget={budget!r}", why, f"The levels are {listed}")
-        found = bisect_right(self.levels, budget) - 1
+        value = number("budget", budget, 0.0, 1.0, above=True)
+        found = bisect_right(self.levels, value) - 1
         if found < 0:
+            listed = ", ".join(map(repr, self.levels))
             why = "it is below the smallest level"
-            raise InvalidValue(f"budget={budget!r}", why, f"The levels are {listed}")
+            raise InvalidValue(f"budget={value!r}", why, f"The levels are {listed}")
         return found
 
     def set_level(self, index: int) -> None:
@@ -200,9 +195,7 @@ def at_level(model: nn.Module, index: int) -> nn.Module:
     """`at_budget` by the number of a level; ``len(levels)`` is the dense form."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for part in (module, vars(module).get("original")):
-            for tensor in _tensors(vars(part)) if part is not None else ():
-                memo[id(tensor)] = tensor
+        memo |= {id(tensor): tensor for tensor in _tensors(vars(module))}
     twin = copy.deepcopy(model, memo)
     find_family(twin)[1].set_level(index)
     return twin
@@ -244,9 +237,6 @@ def revert(model: nn.Module) -> nn.Module:
     for name, module in zip(family.names, family.modules, strict=True):
         parent, key = _place(root, name)
         original = module.original
-        # The same objects, unless something has put new ones in their place.
-        for which in ("weight", "bias"):
-            original._parameters[which] = module._parameters.get(which)
         original.training = module.training
         original._is_full_backward_hook = module._is_full_backward_hook
         parent._modules[key] = original
