@@ -197,12 +197,12 @@ def test_prefix_stays_a_choice_where_it_is_cheaper():
 
 def test_unsafe_gauge_forms_are_refused():
     factors, pivots = factorised(40, 24)
-    assert all(safe_ranks(factors, pivots, range(1, 25)).values())
+    assert all(safe_ranks(factors.down, pivots, range(1, 25)).values())
     # A matrix whose partial pivoting grows: Wilkinson's, 2**(n-1) in the last column.
     lower = torch.eye(24, dtype=torch.float64) - torch.ones(24, 24).double().tril(-1)
     block = torch.cat([lower, -torch.ones(16, 24).double()])
     bad = pivots._replace(lower=block)
-    verdicts = safe_ranks(factors, bad, range(1, 25))
+    verdicts = safe_ranks(factors.down, bad, range(1, 25))
     for rank, verdict in verdicts.items():
         weights = block[rank:, :rank] @ torch.linalg.inv(block[:rank, :rank])
         assert verdict == bool(weights.abs().max() <= 100)
@@ -298,6 +298,6 @@ def test_errors_name_what_is_wrong():
         with pytest.raises(ValueError, match="16 x 16 layer"):
             choices(factors, pivots, 16, 16, cost=lambda *_, value=value: value)
     with pytest.raises(ValueError, match="rank=17"):
-        safe_ranks(factors, pivots, [3, 17])
+        safe_ranks(factors.down, pivots, [3, 17])
     with pytest.raises(ValueError, match="rows=0"):
         LatencyTable(0)

@@ -36,6 +36,7 @@ __all__ = [
     "cost_function",
     "form_macs",
     "gauge_is_safe",
+    "plain_gauge",
     "run_dense",
     "run_gauge",
     "run_prefix",
@@ -114,6 +115,20 @@ def run_prefix(
     return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
 
 
+def plain_gauge(
+    x: Tensor,
+    skeleton: Tensor,
+    skeleton_bias: Tensor,
+    interpolation: Tensor,
+    interpolation_bias: Tensor,
+    inverse: Tensor,
+) -> Tensor:
+    """`run_gauge` without a branch on the number of rows."""
+    y = linear(x, skeleton, skeleton_bias)
+    y = torch.cat([y, linear(y, interpolation, interpolation_bias)], -1)
+    return y.index_select(-1, inverse)
+
+
 def run_gauge(
     x: Tensor,
     skeleton: Tensor,
@@ -140,9 +155,8 @@ def run_gauge(
     """
     many = x.numel() >= _MANY_ROWS * skeleton.shape[1]
     if not many or (contiguous and not x.is_cpu):
-        y = linear(x, skeleton, skeleton_bias)
-        y = torch.cat([y, linear(y, interpolation, interpolation_bias)], -1)
-        return y.index_select(-1, inverse)
+        weights = skeleton, skeleton_bias, interpolation, interpolation_bias
+        return plain_gauge(x, *weights, inverse)
     y = torch.addmm(skeleton_bias[:, None], skeleton, x.flatten(0, -2).t())
     if contiguous:
         y = y.t().contiguous()
@@ -155,9 +169,7 @@ def run_gauge(
 
 
 @torch.no_grad()
-def safe_ranks(
-    factors: Factors, pivots: Pivots, ranks: Sequence[int]
-) -> dict[int, bool]:
+def safe_ranks(down: Tensor, pivots: Pivots, ranks: Sequence[int]) -> dict[int, bool]:
     """At which ranks the gauge form is as good as the prefix form in float32.
 
     A rank is refused when an interpolation weight exceeds 100, or when on random
@@ -165,8 +177,8 @@ def safe_ranks(
     skeleton's output and the interpolation are rounded to float32.
 
     Args:
-        factors: The prefix form.
-        pivots: `loraven.factorize.pivot` of ``factors.up``.
+        down: (R, in), of the prefix form.
+        pivots: `loraven.factorize.pivot` of its other factor.
         ranks: Each from 1 to R.
 
     Example:
@@ -174,15 +186,15 @@ def safe_ranks(
         >>> from loraven.factorize import Moments, output_pca, pivot
         >>> moments = Moments(torch.zeros(8), torch.eye(8), 100, False)
         >>> factors = output_pca(torch.randn(8, 8), None, moments)
-        >>> safe_ranks(factors, pivot(factors.up), [2, 4])
+        >>> safe_ranks(factors.down, pivot(factors.up), [2, 4])
         {2: True, 4: True}
     """
-    if bad := [rank for rank in ranks if not 1 <= rank <= factors.rank]:
-        raise InvalidValue(f"rank={bad[0]}", f"the factors allow 1 to {factors.rank}")
+    if bad := [rank for rank in ranks if not 1 <= rank <= len(down)]:
+        raise InvalidValue(f"rank={bad[0]}", f"the factors allow 1 to {len(down)}")
     lower = pivots.lower
     generator = torch.Generator(device="cpu").manual_seed(0)
-    x = torch.randn(factors.down.shape[1], 8, generator=generator).to(lower)
-    z = factors.down.to(lower) @ x
+    x = torch.randn(down.shape[1], 8, generator=generator).to(lower)
+    z = down.detach().to(lower) @ x
     weights, done, found = lower[:, :0], 0, {}
     for rank in sorted(set(ranks)):
         # From one rank to the next by block elimination: all ranks together cost
@@ -212,7 +224,7 @@ def _agrees(weights: Tensor, exact: Tensor, rank: int) -> bool:
 
 def gauge_is_safe(factors: Factors, pivots: Pivots, rank: int) -> bool:
     """`safe_ranks` of one rank."""
-    return safe_ranks(factors, pivots, [rank])[rank]
+    return safe_ranks(factors.down, pivots, [rank])[rank]
 
 
 class Choice(NamedTuple):
@@ -276,7 +288,7 @@ def choices(
             for rank in range(multiple, factors.rank + 1, multiple)
         ]
         found[form] = [choice for choice in every if choice.cost < limit]
-    safe = safe_ranks(factors, pivots, [choice.rank for choice in found["gauge"]])
+    safe = safe_ranks(factors.down, pivots, [choice.rank for choice in found["gauge"]])
     gauge = [choice for choice in found["gauge"] if safe[choice.rank]]
     kept: list[Choice] = []
     for choice in sorted(found["prefix"] + gauge, key=lambda c: (c.cost, -c.rank)):
