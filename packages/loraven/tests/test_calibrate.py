@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from loraven.batches import Judge
 from loraven.calibrate import calibrate, count_macs
 from loraven.eligible import find_targets
 
@@ -156,7 +157,8 @@ def test_a_layer_whose_input_the_mask_does_not_fit_is_skipped():
     targets, _ = find_targets(model)
     result = calibrate(model, [batch], targets)
     assert "(40, 8, 64) and (8, 40)" in result.skipped["a"]
-    whole = calibrate(model, [batch], targets, lambda b: b["attention_mask"].T > 0)
+    judge = Judge(None, lambda b: b["attention_mask"].T > 0, metrics=False)
+    whole = calibrate(model, [batch], targets, judge)
     assert whole.moments["a"].tokens == int(mask.sum())
 
 
