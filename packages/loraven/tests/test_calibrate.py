@@ -165,7 +165,7 @@ def test_a_layer_whose_input_the_mask_does_not_fit_is_skipped():
 def test_few_tokens_give_one_warning_with_layer_and_count(mlp):
     model = mlp()
     targets, _ = find_targets(model)
-    with pytest.warns(UserWarning, match="'4' and 2 other layers saw 100 ") as caught:
+    with pytest.warns(UserWarning, match=r"'4' \(3 layers in all\) saw 100 ") as caught:
         calibrate(model, [torch.randn(100, 64)], targets)
     assert len(caught) == 1
     assert "128 input features" in str(caught[0].message)
@@ -216,3 +216,30 @@ def test_macs_are_those_of_torchs_counter(bert, sentences):
     assert own["encoder.layer.0.intermediate.dense"] == 16 * 12 * 64 * 128
     assert own["pooler.dense"] == 16 * 64 * 64
     assert sum(own.values()) < total
+
+
+@pytest.mark.critical
+def test_a_layer_that_the_output_does_not_need_is_left_alone():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.other = nn.Linear(64, 64)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return self.head(h), self.other(h)
+
+    torch.manual_seed(0)
+    model = TwoHeads()
+    targets, _ = find_targets(model)
+    data = [torch.randn(200, 64)]
+    result = calibrate(model, data, targets, Judge())
+    assert set(result.metrics) == set(result.moments) == {"body", "head"}
+    assert "does not need it" in result.skipped["other"]
+    both = calibrate(model, data, targets, Judge(lambda found: torch.cat(found, -1)))
+    assert set(both.metrics) == {"body", "head", "other"}
+    alone = calibrate(model, data, targets)
+    assert (set(alone.moments), alone.metrics) == (set(both.moments), {})
+    for name, moments in alone.moments.items():
+        assert torch.equal(moments.covariance, both.moments[name].covariance)

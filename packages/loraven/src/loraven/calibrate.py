@@ -120,12 +120,10 @@ def _pass(
         count, generator = 0, torch.Generator().manual_seed(0)
         for count, batch in enumerate(batches, 1):  # noqa: B007
             watch.begin(valid(batch, judge.token_mask))
-            if watch.metrics is None:
+            if not judge.metrics:
                 run(model, batch)
             else:
-                forward = partial(judge.judged, model, batch)
-                for projection in _gradients(forward, watch.targets, generator):
-                    watch.metrics.add(projection)
+                watch.judge(partial(judge.judged, model, batch), generator)
             watch.end()
             examples.add(batch)
     if not count:
@@ -174,9 +172,9 @@ def damages(
 class _Watch:
     """The sums of all layers, filled by hooks on one forward after another."""
 
-    def __init__(self, targets: Sequence[Target], metrics: bool) -> None:
+    def __init__(self, targets: Sequence[Target], judged: bool) -> None:
         self.targets = targets
-        self.metrics = OutputMetrics() if metrics else None
+        self.judged, self.metrics = judged, OutputMetrics()
         self.sums: dict[str, InputStatistics] = {}
         # The layer whose sums a layer uses: itself or another one.
         self.owner: dict[str, str] = {}
@@ -195,7 +193,10 @@ class _Watch:
         """What looks at the input of one layer."""
 
         def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor) or x.shape[-1:] != (target.in_features,):
+                # The layer itself says best what is wrong with it.
+                return
             self.rows[target.name] += x.numel() // target.in_features
             self.calls[target.name] += 1
             if target.name not in self.skipped:
@@ -227,6 +228,21 @@ class _Watch:
             self.sums[name] = InputStatistics(target.in_features, x.device)
         self.sums[name].add(rows)
 
+    def judge(
+        self,
+        forward: Callable[[], tuple[Tensor, Tensor | None]],
+        random: torch.Generator,
+    ) -> None:
+        """Run the model, and take the gradients of its output."""
+        try:
+            for projection in _gradients(forward, self.targets, random):
+                self.metrics.add(projection)
+        except InvalidValue:
+            # What went in may be the reason: then that is the better error.
+            for name, sums in self.sums.items():
+                _moments(name, sums)
+            raise
+
     def end(self) -> None:
         """After a forward: drop the layers that went another way than their owner."""
         for name, owner in self.owner.items():
@@ -256,11 +272,11 @@ class _Watch:
                 self.skipped[name] = "never ran during calibration"
             elif owner not in moments:
                 self.skipped[name] = "saw padding only"
-            elif self.metrics is not None and name not in judged:
+            elif self.judged and name not in judged:
                 self.skipped[name] = "the output that is judged by does not need it"
             else:
                 result.moments[name] = moments[owner]
-                if self.metrics is not None:
+                if self.judged:
                     result.metrics[name] = judged[name]
                 result.rows[name] = sum(rows[name] for rows, _ in totals)
                 result.calls[name] = sum(calls[name] for _, calls in totals)
@@ -271,7 +287,7 @@ class _Watch:
         self, targets: Sequence[Target], owners: set[str]
     ) -> dict[str, Tensor]:
         """The metrics of the layers whose moments are known."""
-        if self.metrics is None:
+        if not self.judged:
             return {}
         for target in targets:
             if self.owner.get(target.name) in owners:
@@ -291,7 +307,7 @@ def _warn_of_few_tokens(result: Calibration) -> None:
     few = {name: m for name, m in result.moments.items() if m.shrunk}
     if few:
         name = min(few, key=lambda n: few[n].tokens / len(few[n].mean))
-        more = f" and {len(few) - 1} other layers" if len(few) > 1 else ""
+        more = f" ({len(few)} layers in all)" if len(few) > 1 else ""
         warnings.warn(
             f"layer {name!r}{more} saw {few[name].tokens} valid tokens for "
             f"{len(few[name].mean)} input features, fewer than two for each: its "

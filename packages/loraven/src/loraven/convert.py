@@ -104,7 +104,7 @@ def convert(
 
     Example:
         >>> import torch, loraven
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU())
         >>> data = [torch.randn(256, 64)]
         >>> before = model(data[0])
         >>> summary = loraven.convert(model, data, levels=(0.3, 0.5, 1.0))
@@ -122,6 +122,7 @@ def convert(
     check_iterable(calibration, "calibration")
     targets, skipped = find_targets(model, include, exclude, min_features)
     _require(targets, skipped)
+    _check_weights(targets)
     judge = Judge(output, token_mask, sensitivity)
     found = calibrate(model, calibration, targets, judge)
     targets = [target for target in targets if target.name in found.moments]
@@ -138,8 +139,9 @@ def convert(
         )
         for layer, plan in zip(layers, plans, strict=True)
     )
+    described = zip(layers, plans, strict=True)
     summary = ConversionSummary(
-        layers=tuple(_describe(*both, ordered) for both in zip(layers, plans)),
+        layers=tuple(_describe(*both, ordered) for both in described),
         skipped=skipped,
         levels=_describe_levels(model, found, layers, plans, ordered),
         tokens=found.tokens,
@@ -211,6 +213,14 @@ def _check_functions(**functions: Any) -> None:
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name}={value!r}: a function or None is needed")
+
+
+def _check_weights(targets: Sequence[Target]) -> None:
+    for target in targets:
+        bias = target.module._parameters.get("bias")
+        if not all(t is None or t.isfinite().all() for t in (target.matrix(), bias)):
+            why = "its weight or bias holds NaN or infinity"
+            raise InvalidValue(f"layer {target.name!r}", why, "Mend it or exclude it")
 
 
 def _require(targets: Sequence[Target], skipped: dict[str, str]) -> None:

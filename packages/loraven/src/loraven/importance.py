@@ -144,7 +144,8 @@ def _relative(output: Tensor, valid: Tensor | None) -> Tensor:
     norm = detached.flatten(1).norm(dim=1) if output.ndim > 1 else detached.abs()
     if not norm.isfinite().all():
         why = "it holds NaN or infinity, or its norm overflows"
-        raise InvalidValue("output", why, "Check the model and the calibration data")
+        do = "Give output= to judge by another tensor, or sensitivity=False"
+        raise InvalidValue("output", why, do)
     shape = (-1,) + (1,) * (output.ndim - 1)
     inverse = torch.where(norm > 0, norm.reciprocal(), 0).view(shape)
     return _masked(inverse.expand(output.shape), valid)
