@@ -49,8 +49,9 @@ def exact(factors, rank, x):
 
 
 def prefix_arguments(factors, rank, dtype):
-    down, bias = factors.down[:rank].to(dtype), factors.down_bias[:rank].to(dtype)
-    return down, bias, factors.up[:rank].to(dtype).t(), factors.up_bias.to(dtype)
+    values = factors.down[:rank], factors.down_bias[:rank], factors.up[:rank]
+    down, bias, up, up_bias = (v.to(dtype) for v in (*values, factors.up_bias))
+    return down.t(), bias, up, up_bias
 
 
 def gauge_arguments(factors, pivots, rank, dtype):

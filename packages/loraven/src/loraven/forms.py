@@ -30,6 +30,7 @@ from torchworks_core.errors import InvalidValue
 
 __all__ = [
     "FORMS",
+    "MANY_ROWS",
     "Choice",
     "LatencyTable",
     "choices",
@@ -37,6 +38,7 @@ __all__ = [
     "form_macs",
     "gauge_is_safe",
     "plain_gauge",
+    "plain_prefix",
     "run_dense",
     "run_gauge",
     "run_prefix",
@@ -46,7 +48,8 @@ __all__ = [
 FORMS = ("dense", "prefix", "gauge")
 Cost = Callable[[int, int, int, str], float]
 _Whole = Callable[[int, int, int, str], int]
-_MANY_ROWS = 16
+# From here on the first product is computed transposed.
+MANY_ROWS = 16
 # Largest interpolation weight, and largest deviation in float32, of a gauge form.
 _MAX_WEIGHT, _MAX_DEVIATION = 100.0, 1e-4
 _PICOJOULES = 1e9
@@ -94,25 +97,32 @@ def run_dense(
 
 
 def run_prefix(
-    x: Tensor, down: Tensor, down_bias: Tensor, up_t: Tensor, up_bias: Tensor
+    x: Tensor, down_t: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor
 ) -> Tensor:
-    """Two factors: ``(x @ down.T + down_bias) @ up_t.T + up_bias``.
+    """Two factors: ``(x @ down_t + down_bias) @ up + up_bias``.
 
     Args:
         x: (..., in).
-        down: (r, in).
+        down_t: (in, r); best the transpose of a contiguous (r, in).
         down_bias: (r,).
-        up_t: (out, r); best the transpose of a contiguous (r, out).
+        up: (r, out).
         up_bias: (out,).
 
     Returns:
         (..., out), contiguous.
     """
-    if not x.is_cpu or x.numel() < _MANY_ROWS * down.shape[1]:
-        return linear(linear(x, down, down_bias), up_t, up_bias)
-    z = torch.addmm(down_bias[:, None], down, x.flatten(0, -2).t())
-    y = torch.addmm(up_bias, z.t(), up_t.t())
+    if not x.is_cpu or x.numel() < MANY_ROWS * down_t.shape[0]:
+        return plain_prefix(x, down_t, down_bias, up, up_bias)
+    z = torch.addmm(down_bias[:, None], down_t.t(), x.flatten(0, -2).t())
+    y = torch.addmm(up_bias, z.t(), up)
     return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
+
+
+def plain_prefix(
+    x: Tensor, down_t: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor
+) -> Tensor:
+    """`run_prefix` without a branch on the number of rows."""
+    return linear(linear(x, down_t.t(), down_bias), up.t(), up_bias)
 
 
 def plain_gauge(
@@ -153,7 +163,7 @@ def run_gauge(
     Returns:
         (..., out).
     """
-    many = x.numel() >= _MANY_ROWS * skeleton.shape[1]
+    many = x.numel() >= MANY_ROWS * skeleton.shape[1]
     if not many or (contiguous and not x.is_cpu):
         weights = skeleton, skeleton_bias, interpolation, interpolation_bias
         return plain_gauge(x, *weights, inverse)
@@ -483,7 +493,7 @@ class LatencyTable:
             self._random(*s) for s in ((self.rows, in_), (rank, in_), (rank, out))
         )
         down_bias, up_bias = self._random(rank), self._random(out)
-        return lambda: run_prefix(x, down, down_bias, up.t(), up_bias)
+        return lambda: run_prefix(x, down.t(), down_bias, up, up_bias)
 
     def _gauge(self, out: int, in_: int, rank: int) -> Callable[[], Tensor]:
         x, skeleton = self._random(self.rows, in_), self._random(rank, in_)
