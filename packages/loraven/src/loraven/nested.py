@@ -24,15 +24,15 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from loraven.factorize import Factors, Pivots, gauge_of_order, pivot
-from loraven.forms import (
+from loraven.forms import safe_ranks
+from loraven.runners import (
     FORMS,
+    MANY_INPUTS,
     MANY_ROWS,
     plain_gauge,
-    plain_prefix,
     run_dense,
     run_gauge,
     run_prefix,
-    safe_ranks,
 )
 from torchworks_core.errors import InvalidValue, NotReady
 
@@ -40,9 +40,9 @@ __all__ = ["NestedLinear", "Plan"]
 
 _MASTERS = ("up", "down", "down_bias", "up_bias")
 _GAUGE = ("skeleton", "skeleton_bias", "interpolation", "interpolation_bias")
-# The Parameter "up" that was cut, below how many numbers of an input the product of
-# two matrices needs no preparation, what to call, and with what.
-_Cut = tuple[Tensor, int, tuple, Callable[..., Tensor]] | tuple[()] | None
+# The Parameter "up" that was cut; below how many numbers of an input two products with
+# the two matrices after it do; else the arguments of what stands last.
+_Cut = tuple[Tensor, int, Any, Any, tuple, Callable[..., Tensor]] | tuple[()] | None
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -231,11 +231,11 @@ class NestedLinear(nn.Module):
             # An empty cut is the original nn.Linear.
             known = cut is not None
             return linear(x, self.weight, self.bias) if known else self._any(x)
-        master, few, arguments, run = cut
+        master, few, down_t, up, arguments, run = cut
         if master is not self._parameters["up"] or master.requires_grad:
             return self._any(x)
         if x.numel() < few and x.ndim == 2:
-            down_t, down_bias, up, up_bias = arguments
+            _, down_bias, _, up_bias = arguments
             return addmm(up_bias, addmm(down_bias, x, down_t), up)
         return run(x, *arguments)
 
@@ -251,12 +251,14 @@ class NestedLinear(nn.Module):
             if is_compiling():
                 return plain_gauge(x, *self._gauge(rank))
             return run_gauge(x, *self._gauge(rank), contiguous=self._contiguous_output)
-        run = plain_prefix if is_compiling() else run_prefix
-        return run(x, *self._prefix(rank))
+        down, down_bias, up_t, up_bias = self._prefix(rank)
+        if is_compiling():
+            return linear(linear(x, down, down_bias), up_t, up_bias)
+        return run_prefix(x, down, down_bias, up_t, up_bias)
 
     def _prefix(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         down, bias = self.down[:rank], self.down_bias[:rank]
-        return down.t(), bias, self.up[:rank], self.up_bias
+        return down, bias, self.up[:rank].t(), self.up_bias
 
     def _gauge(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         names = [f"{name}_{rank}" for name in _GAUGE]
@@ -298,7 +300,8 @@ class NestedLinear(nn.Module):
     @torch.no_grad()
     def _cut(self) -> None:
         """What the reduced levels run, ready to call."""
-        few = MANY_ROWS * self.in_features if self.weight.is_cpu else sys.maxsize
+        plain = self.in_features < MANY_INPUTS or not self.weight.is_cpu
+        few = sys.maxsize if plain else MANY_ROWS * self.in_features
         cuts: list[_Cut] = []
         for rank, form in (*self.plans, Plan(0, "dense")):
             if form == "dense":
@@ -307,10 +310,11 @@ class NestedLinear(nn.Module):
                 cuts.append(None)
             elif form == "gauge":
                 arguments = (*self._gauge(rank), self._contiguous_output)
-                cuts.append((self.up, 0, arguments, run_gauge))
+                cuts.append((self.up, 0, None, None, arguments, run_gauge))
             else:
                 arguments = tuple(part.detach() for part in self._prefix(rank))
-                cuts.append((self.up, few, arguments, run_prefix))
+                ready = arguments[0].t(), arguments[2].t()
+                cuts.append((self.up, few, *ready, arguments, run_prefix))
         self._cuts = cuts
 
     def _link(self) -> None:
