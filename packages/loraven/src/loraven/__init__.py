@@ -3,6 +3,24 @@
 
 from importlib.metadata import version
 
-__all__: list[str] = []
+from loraven.energy import (
+    EnergyEstimator,
+    PerfEstimator,
+    get_default_hardware_profile,
+)
+from loraven.schedulers import (
+    EnergyAwareRankScheduler,
+    LinearRankScheduler,
+    RankScheduler,
+)
+
+__all__ = [
+    "EnergyAwareRankScheduler",
+    "EnergyEstimator",
+    "LinearRankScheduler",
+    "PerfEstimator",
+    "RankScheduler",
+    "get_default_hardware_profile",
+]
 
 __version__ = version("loraven")
