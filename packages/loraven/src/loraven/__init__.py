@@ -8,19 +8,27 @@ from loraven.energy import (
     PerfEstimator,
     get_default_hardware_profile,
 )
+from loraven.layers import DynamicLowRankLayer
+from loraven.plots import plot_energy_efficiency, plot_rank_evolution
 from loraven.schedulers import (
     EnergyAwareRankScheduler,
     LinearRankScheduler,
     RankScheduler,
 )
+from loraven.scoring import GateNetwork, LightweightScorer
 
 __all__ = [
+    "DynamicLowRankLayer",
     "EnergyAwareRankScheduler",
     "EnergyEstimator",
+    "GateNetwork",
+    "LightweightScorer",
     "LinearRankScheduler",
     "PerfEstimator",
     "RankScheduler",
     "get_default_hardware_profile",
+    "plot_energy_efficiency",
+    "plot_rank_evolution",
 ]
 
 __version__ = version("loraven")
