@@ -10,6 +10,7 @@ from loraven.energy import (
 )
 from loraven.layers import DynamicLowRankLayer
 from loraven.plots import plot_energy_efficiency, plot_rank_evolution
+from loraven.presets import LoRAven, create_loraven_layer
 from loraven.schedulers import (
     EnergyAwareRankScheduler,
     LinearRankScheduler,
@@ -24,8 +25,10 @@ __all__ = [
     "GateNetwork",
     "LightweightScorer",
     "LinearRankScheduler",
+    "LoRAven",
     "PerfEstimator",
     "RankScheduler",
+    "create_loraven_layer",
     "get_default_hardware_profile",
     "plot_energy_efficiency",
     "plot_rank_evolution",

@@ -104,14 +104,14 @@ def _look(
     # Parts: gate of block 0, which never closes; other gates; scorer; columns.
     parts = [min(gated, 1), max(gated - 1, 0), out.shape[1] - gated - rows, rows]
     _, logits, hidden, first = out.split(parts, 1)
-    last = layer.scorer._modules["output"]._parameters
+    last = layer._modules["scorer"]._modules["output"]._parameters
     scores = F.linear(torch.relu(hidden), last["weight"], last["bias"])
     scores = torch.sigmoid(scores).view(-1)
     if not finite:
         scores = scores.nan_to_num(1.0)
     opened = None
     # A gate of 0.5 is a logit of 0; the sigmoid runs where it can matter.
-    if gated > 1 and not (out.device.type == "cpu" and logits.amin().item() >= 0):
+    if gated > 1 and not (out.is_cpu and logits.amin().item() >= 0):
         opened = _opened(torch.sigmoid(out[:, :gated]))
     return _Look(x, scores, opened, first if rows else None)
 
@@ -164,7 +164,7 @@ def _to_host(
 ) -> tuple[Tensor, list[bool] | None, list[bool]]:
     """Scores on the host; for each block: open for any row, open for all rows."""
     scores, opened = seen.scores, seen.opened
-    if scores.device.type == "cpu":
+    if scores.is_cpu:
         if opened is None:
             return scores, None, []
         return scores, opened.any(0).tolist(), opened.all(0).tolist()

@@ -203,4 +203,4 @@ def _sources(layer: "DynamicLowRankLayer") -> tuple[Tensor, ...] | None:
 def _across(weight: Tensor) -> Tensor:
     """(columns, in) -> (in, columns), contiguous on the CPU."""
     turned = weight.t()
-    return turned.contiguous() if turned.device.type == "cpu" else turned
+    return turned.contiguous() if turned.is_cpu else turned

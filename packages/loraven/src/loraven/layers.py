@@ -41,7 +41,7 @@ from loraven.scoring import (
 )
 from torchworks_core.errors import InvalidValue
 
-__all__ = ["DynamicLowRankLayer"]
+__all__ = ["DynamicLowRankLayer", "off_graph"]
 
 _CACHED = 256
 
@@ -200,14 +200,14 @@ class DynamicLowRankLayer(LowRankReport):
         rows, cap, over = flat.shape[0], self.r_max, False
         if budget is not None:
             budget = number("budget", budget)
-            cap, over = _off_graph(self._cap)(max(rows, 1), budget)
+            cap, over = off_graph(self._cap)(max(rows, 1), budget)
         self._last.over_budget = over
         if self._fixed_rank is not None:
             y, rank = self._run_fixed(flat, min(self._fixed_rank, cap), shape, mode)
         elif mode == "training":
             y, rank = self._run_training(flat, cap, shape)
         elif rows:
-            y, rank = _off_graph(run_adaptive)(self, flat, cap, budget, shape)
+            y, rank = off_graph(run_adaptive)(self, flat, cap, budget, shape)
         else:
             y, rank = self._product(flat, slice(0, self.r_min), None), self._last.rank
         if len(shape) != 2:
@@ -262,7 +262,7 @@ class DynamicLowRankLayer(LowRankReport):
             return y, self._last.rank
         mean = scores.detach().float().nan_to_num(1.0).mean()
         used = (ranks.detach().max() + 0.5).floor()
-        return y, _off_graph(self._note_training)(torch.stack([used, mean]))
+        return y, off_graph(self._note_training)(torch.stack([used, mean]))
 
     def _note_training(self, used_and_mean: Tensor) -> int:
         used, mean = used_and_mean.tolist()
@@ -288,7 +288,7 @@ class DynamicLowRankLayer(LowRankReport):
         two, and any element of the input that is not finite shows in its row.
         """
         guard = self._guard
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             x = guard.clean(x, shape)
             return fused.join(bias, x, weight), x, False
         y = fused.join(bias, x, weight)
@@ -345,7 +345,7 @@ class DynamicLowRankLayer(LowRankReport):
         return inside, False
 
 
-def _off_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+def off_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep what reads data on the host, or Python state, out of compiled graphs."""
     if not torch.compiler.is_compiling():
         return function

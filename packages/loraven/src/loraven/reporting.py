@@ -283,12 +283,16 @@ class LowRankReport(nn.Module):
         )
 
 
-def wrong_sizes(sizes: dict[str, Any]) -> list[str]:
+def wrong_sizes(
+    sizes: dict[str, Any], high: str = "r_max", low: str = "r_min"
+) -> list[str]:
     """Everything wrong with sizes and ranks, one clause each.
 
     Args:
-        sizes: ``in_features``, ``out_features``, ``r_max``, ``r_min``,
-            ``init_rank``, and others that only have to be integers of 1 or more.
+        sizes: ``in_features``, ``out_features``, the two ranks, ``init_rank``, and
+            others that only have to be integers of 1 or more; any may be missing.
+        high: What the largest rank is called.
+        low: What the smallest rank is called.
 
     Example:
         >>> wrong_sizes({"in_features": 8, "out_features": 4, "r_max": 9, "r_min": 0})
@@ -300,13 +304,14 @@ def wrong_sizes(sizes: dict[str, Any]) -> list[str]:
             problems.append(f"{name}={value!r} is not an integer of 1 or more")
         else:
             fine[name] = value
-    high, low, first = (fine.get(k) for k in ("r_max", "r_min", "init_rank"))
+    most, least, first = (fine.get(name) for name in (high, low, "init_rank"))
     inside, outside = fine.get("in_features"), fine.get("out_features")
-    if high and inside and outside and high > min(inside, outside):
+    if inside and outside and most and most > min(inside, outside):
         limit = f"min({inside}, {outside})={min(inside, outside)}"
-        problems.append(f"r_max={high} is above {limit}")
-    if high and low and low > high:
-        problems.append(f"r_min={low} is above r_max={high}")
-    elif high and low and first and not low <= first <= high:
-        problems.append(f"init_rank={first} is not from r_min={low} to r_max={high}")
+        problems.append(f"{high}={most} is above {limit}")
+    if most and least and least > most:
+        problems.append(f"{low}={least} is above {high}={most}")
+    elif most and least and first and not least <= first <= most:
+        where = f"from {low}={least} to {high}={most}"
+        problems.append(f"init_rank={first} is not {where}")
     return problems

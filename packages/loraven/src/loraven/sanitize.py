@@ -70,7 +70,7 @@ class NonFiniteGuard:
 
     def passes(self, y: Tensor) -> bool:
         """Whether a sum proves all of ``y`` finite; False also means not known."""
-        if torch.compiler.is_compiling() or y.device.type != "cpu":
+        if torch.compiler.is_compiling() or not y.is_cpu:
             return False
         return math.isfinite(y.sum().item())
 
@@ -84,7 +84,7 @@ class NonFiniteGuard:
         if torch.compiler.is_compiling():
             return cleaned
         bad = (~finite).sum()
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             # Counts of another device join this one's without a transfer to the host.
             before = self._count
             self._count = bad + (
