@@ -9,6 +9,8 @@ from loraven.energy import (
     PerfEstimator,
     get_default_hardware_profile,
 )
+from loraven.energy_fit import calibrate_energy
+from loraven.meter import EnergyReading, EnergyUnavailableError, measure_energy
 from loraven.schedulers import (
     EnergyAwareRankScheduler,
     LinearRankScheduler,
@@ -20,10 +22,14 @@ __all__ = [
     "BudgetManager",
     "EnergyAwareRankScheduler",
     "EnergyEstimator",
+    "EnergyReading",
+    "EnergyUnavailableError",
     "LinearRankScheduler",
     "PerfEstimator",
     "RankScheduler",
+    "calibrate_energy",
     "get_default_hardware_profile",
+    "measure_energy",
 ]
 
 __version__ = version("loraven")
