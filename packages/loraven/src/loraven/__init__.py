@@ -4,32 +4,45 @@
 from importlib.metadata import version
 
 from loraven.budget import BudgetExhaustedException, BudgetManager
+from loraven.convert import convert
 from loraven.energy import (
     EnergyEstimator,
     PerfEstimator,
     get_default_hardware_profile,
 )
 from loraven.energy_fit import calibrate_energy
+from loraven.export import export_static
+from loraven.family import at_budget, get_budget, revert, set_budget
 from loraven.meter import EnergyReading, EnergyUnavailableError, measure_energy
 from loraven.schedulers import (
     EnergyAwareRankScheduler,
     LinearRankScheduler,
     RankScheduler,
 )
+from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 
 __all__ = [
     "BudgetExhaustedException",
     "BudgetManager",
+    "ConversionSummary",
     "EnergyAwareRankScheduler",
     "EnergyEstimator",
     "EnergyReading",
     "EnergyUnavailableError",
+    "LayerSummary",
+    "LevelSummary",
     "LinearRankScheduler",
     "PerfEstimator",
     "RankScheduler",
+    "at_budget",
     "calibrate_energy",
+    "convert",
+    "export_static",
+    "get_budget",
     "get_default_hardware_profile",
     "measure_energy",
+    "revert",
+    "set_budget",
 ]
 
 __version__ = version("loraven")
