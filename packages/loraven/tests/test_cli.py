@@ -4,6 +4,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,13 @@ def test_padding_is_masked(folders):
         "input_ids": batch["input_ids"] + 7 * (1 - batch["attention_mask"])
     }
     assert not torch.equal(batch["input_ids"], other["input_ids"])
-    cosine = commands._cosines(model, model, [batch])
-    assert cosine.tolist() == pytest.approx([1.0] * 5)
-    a, b = commands._pooled(model, batch), commands._pooled(model, other)
-    torch.testing.assert_close(a, b)
+    pooled, expected = commands._pooled(model, batch), commands._pooled(model, other)
+    torch.testing.assert_close(pooled, expected)
+    with torch.no_grad():
+        alone = model(torch.tensor([list(TEXTS[1].encode())])).last_hidden_state
+    torch.testing.assert_close(pooled[1], alone[0].mean(0))
+    cosines = commands._cosines(model, [batch, other], [pooled, -pooled])
+    assert cosines.tolist() == pytest.approx([1.0] * 5 + [-1.0] * 5)
 
 
 def test_the_model_is_of_its_own_class(folders):
@@ -211,6 +215,19 @@ def test_usage(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("convert", "audit", "bench"))
     assert run(monkeypatch, "convert") == 2
+
+
+def test_warnings_are_one_line(folders, texts, monkeypatch, capsys, tmp_path):
+    def convert(*_: Any, **__: Any) -> None:
+        warnings.simplefilter("always")
+        warnings.warn("too few", UserWarning, stacklevel=2)
+        raise InvalidValue("enough")
+
+    monkeypatch.setattr(loraven, "convert", convert)
+    arguments = (folders["bert"], "--texts", texts, "--out", tmp_path / "factors")
+    assert run(monkeypatch, "convert", *arguments) == 1
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines == ["loraven: warning: too few", "loraven: enough."]
 
 
 @pytest.mark.parametrize("name", ["typer", "rich", "tqdm", "transformers"])

@@ -6,6 +6,7 @@ explains is one sentence on standard error: exit code 2 without the extra, else 
 """
 
 import sys
+import warnings
 from importlib import import_module
 
 from torchworks_core.errors import MissingExtra, TorchworksError
@@ -17,14 +18,21 @@ _NEEDED = ("rich", "tqdm", "transformers", "typer")
 
 def main() -> None:
     """Run the command line of this process, and exit with its code."""
-    try:
-        _check_extra()
-        from loraven.commands import app
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            _check_extra()
+            from loraven.commands import app
 
-        app(prog_name="loraven")
-    except TorchworksError as error:
-        print(f"loraven: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, MissingExtra) else 1)
+            app(prog_name="loraven")
+        except TorchworksError as error:
+            print(f"loraven: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, MissingExtra) else 1)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning without the line of code that nobody here wrote."""
+    print(f"loraven: warning: {message}", file=sys.stderr)
 
 
 def _check_extra() -> None:

@@ -29,6 +29,7 @@ from torchworks_core import bench as timing
 from torchworks_core.errors import CorruptFile, InvalidValue, MissingFile
 
 Batch = dict[str, torch.Tensor]
+_WEIGHING = "factorising and weighing the layers"
 
 app = typer.Typer(
     help="Turn a model's linear layers into one family of compute budgets.",
@@ -75,7 +76,7 @@ def convert(
     source = _source(model_dir, texts, batch_size, max_length, device)
     chosen = _levels(levels)
     model = read_model(source)
-    shown = _shown(read_batches(source, source.texts), "calibration")
+    shown = _shown(read_batches(source, source.texts), "calibration", _WEIGHING)
     options = {"levels": chosen, "cost": cost, "include": include}
     summary = loraven.convert(model, shown, exclude=exclude or (), **options)
     loraven.save(model, out)
@@ -99,7 +100,7 @@ def audit(
     """Say whether deciding the budget for each input pays on these texts."""
     source = _source(model_dir, texts, batch_size, max_length, device)
     model, rest, _ = _family(source, factors, _levels(levels), cost)
-    shown = _shown(read_batches(source, rest), "audit")
+    shown = _shown(read_batches(source, rest), "reading", "auditing")
     typer.echo(str(loraven.audit(model, shown, target=target, alpha=alpha)))
 
 
@@ -120,10 +121,11 @@ def bench(
     model, rest, summary = _family(source, factors, _levels(levels), cost)
     original = read_model(source)
     batches = read_batches(source, rest)
+    wanted = [_pooled(original, batch) for batch in batches]
     table = Table("level", "time", "interval", "cosine", "min", "MACs of the model")
     for level, found in tqdm(summary.levels.items(), "levels", leave=False):
         loraven.set_budget(model, level)
-        cosines = _cosines(original, model, batches)
+        cosines = _cosines(model, batches, wanted)
         with torch.no_grad():
             ratio = timing.compare(
                 lambda: run(model, batches[0]),
@@ -251,13 +253,15 @@ def _family(
     if len(texts) < 2:
         do = "Give more, or --factors"
         raise InvalidValue("texts", "one can't both calibrate and measure", do)
-    shown = _shown(read_batches(source, texts[::2]), "calibration")
+    shown = _shown(read_batches(source, texts[::2]), "calibration", _WEIGHING)
     summary = loraven.convert(model, shown, levels=levels, cost=cost)
     return model, texts[1::2], summary
 
 
-def _shown(batches: list[Batch], what: str) -> Iterator[Batch]:
+def _shown(batches: list[Batch], what: str, then: str) -> Iterator[Batch]:
+    """Show progress, and what goes on after the last batch, on standard error."""
     yield from tqdm(batches, what, unit="batch", leave=False)
+    typer.echo(f"{then} ...", err=True)
 
 
 def _pad(rows: list[list[int]], pad: int, device: torch.device) -> Batch:
@@ -268,17 +272,17 @@ def _pad(rows: list[list[int]], pad: int, device: torch.device) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def _cosines(
+    model: nn.Module, batches: list[Batch], wanted: list[torch.Tensor]
+) -> torch.Tensor:
+    """Cosine of each example's pooled output and the wanted one."""
+    found = zip((_pooled(model, batch) for batch in batches), wanted, strict=True)
+    return torch.cat([F.cosine_similarity(a, b, dim=-1).cpu() for a, b in found])
+
+
 @torch.no_grad()
-def _cosines(a: nn.Module, b: nn.Module, batches: list[Batch]) -> torch.Tensor:
-    """Cosine of each example's outputs, averaged over its real positions."""
-    found = []
-    for batch in batches:
-        left, right = _pooled(a, batch), _pooled(b, batch)
-        found.append(F.cosine_similarity(left, right, dim=-1).cpu())
-    return torch.cat(found)
-
-
 def _pooled(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The model's output, averaged over the real positions of each example."""
     output = main_output(run(model, batch)).float()
     if output.dim() == 3:
         mask = valid(batch)
