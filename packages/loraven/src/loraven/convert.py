@@ -98,7 +98,7 @@ def convert(
 
     Example:
         >>> import torch, loraven
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU())
         >>> data = [torch.randn(256, 64)]
         >>> before = model(data[0])
         >>> summary = loraven.convert(model, data, levels=(0.3, 0.5, 1.0))
@@ -132,8 +132,9 @@ def convert(
         )
         for layer, plan in zip(layers, plans, strict=True)
     )
+    described = zip(layers, plans, strict=True)
     summary = ConversionSummary(
-        layers=tuple(_describe(*both, ordered) for both in zip(layers, plans)),
+        layers=tuple(_describe(*both, ordered) for both in described),
         skipped=skipped,
         levels=_describe_levels(model, found, layers, plans, ordered),
         tokens=found.tokens,
@@ -254,7 +255,10 @@ def _factorise(
     for target in targets:
         name, weight = target.name, target.matrix()
         bias = target.module._parameters.get("bias")
-        factors = output_pca(weight, bias, found.moments[name])
+        try:
+            factors = output_pca(weight, bias, found.moments[name])
+        except InvalidValue as problem:
+            raise InvalidValue(f"layer {name!r}", str(problem)) from problem
         pivots = pivot(factors.up)
         price, times = shared, found.rows[name]
         if price is None:
@@ -285,7 +289,10 @@ def _weigh(
 ) -> list[float]:
     """What one unit of each layer's error energy costs."""
     if judge is None:
-        return [1 / layer.factors.energy if layer.factors.energy else 0.0 for layer in layers]
+        return [
+            1 / layer.factors.energy if layer.factors.energy else 0.0
+            for layer in layers
+        ]
     targets = [layer.target for layer in layers]
     factors = {layer.target.name: layer.factors for layer in layers}
     weights = sensitivities(model, found.examples, targets, factors, **judge)
@@ -314,7 +321,9 @@ def _describe(
 ) -> LayerSummary:
     tail, energy = layer.factors.tail, layer.factors.energy
     errors = [
-        0.0 if choice.form == "dense" or not energy else float(tail[choice.rank]) / energy
+        0.0
+        if choice.form == "dense" or not energy
+        else float(tail[choice.rank]) / energy
         for choice in plan
     ]
     return LayerSummary(
@@ -343,7 +352,10 @@ def _describe_levels(
         for layer, plan in zip(layers, plans, strict=True):
             target, choice = layer.target, plan[number]
             sides = target.out_features, target.in_features
-            full, macs = sides[0] * sides[1], form_macs(*sides, choice.rank, choice.form)
+            full, macs = (
+                sides[0] * sides[1],
+                form_macs(*sides, choice.rank, choice.form),
+            )
             spent += choice.cost * layer.times
             saved += own[target.name] // full * (full - macs)
             # A form has as many weights as multiply-adds for one row.
