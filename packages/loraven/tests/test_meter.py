@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,20 @@ def test_the_default_device(powercap, nvml, clock, monkeypatch):
         with measure_energy() as reading:
             clock.now += 3
         assert reading.source.startswith(source)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_real_gpu():
+    x = torch.randn(4096, 4096, device="cuda")
+    with measure_energy("cuda") as reading:
+        end = time.perf_counter() + 2.5
+        while time.perf_counter() < end:
+            x @ x
+            torch.cuda.synchronize()
+    if not reading.valid:
+        pytest.skip(reading.reason)
+    assert 20 < reading.joules / reading.seconds < 2000
 
 
 def test_bad_devices():

@@ -76,7 +76,7 @@ def convert(
     source = _source(model_dir, texts, batch_size, max_length, device)
     chosen = _levels(levels)
     model = read_model(source)
-    shown = _shown(read_batches(source, source.texts), "calibration", _WEIGHING)
+    shown = _Shown(read_batches(source, source.texts), "calibration", _WEIGHING)
     options = {"levels": chosen, "cost": cost, "include": include}
     summary = loraven.convert(model, shown, exclude=exclude or (), **options)
     loraven.save(model, out)
@@ -100,7 +100,7 @@ def audit(
     """Say whether deciding the budget for each input pays on these texts."""
     source = _source(model_dir, texts, batch_size, max_length, device)
     model, rest, _ = _family(source, factors, _levels(levels), cost)
-    shown = _shown(read_batches(source, rest), "reading", "auditing")
+    shown = _Shown(read_batches(source, rest), "reading", "auditing")
     typer.echo(str(loraven.audit(model, shown, target=target, alpha=alpha)))
 
 
@@ -253,15 +253,23 @@ def _family(
     if len(texts) < 2:
         do = "Give more, or --factors"
         raise InvalidValue("texts", "one can't both calibrate and measure", do)
-    shown = _shown(read_batches(source, texts[::2]), "calibration", _WEIGHING)
+    shown = _Shown(read_batches(source, texts[::2]), "calibration", _WEIGHING)
     summary = loraven.convert(model, shown, levels=levels, cost=cost)
     return model, texts[1::2], summary
 
 
-def _shown(batches: list[Batch], what: str, then: str) -> Iterator[Batch]:
-    """Show progress, and what goes on after the last batch, on standard error."""
-    yield from tqdm(batches, what, unit="batch", leave=False)
-    typer.echo(f"{then} ...", err=True)
+class _Shown:
+    """Batches that show their progress, and then what goes on after the last."""
+
+    def __init__(self, batches: list[Batch], what: str, then: str) -> None:
+        self.batches, self.what, self.then = batches, what, then
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from tqdm(self.batches, self.what, unit="batch", leave=False)
+        typer.echo(f"{self.then} ...", err=True)
 
 
 def _pad(rows: list[list[int]], pad: int, device: torch.device) -> Batch:
