@@ -46,7 +46,9 @@ def number(
     else:
         try:
             found = float(value)
-        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        except OverflowError:
+            found = math.inf
+        except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{name} must be one number: {error}") from error
     if not low <= found <= high or math.isinf(found) or (above and found == low):
         start = f"above {low:g}" if above else f"at least {low:g}"
