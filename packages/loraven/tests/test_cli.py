@@ -114,7 +114,7 @@ def test_factors_are_loaded_instead_of_converting(
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_bench_compares_each_level(folders, texts, family, monkeypatch, capsys):
-    options = ("--repeats", 1, "--cost", "macs", "--levels", "0.7,1.0")
+    options = ("--repeats", 1, "--levels", "0.7,1.0")
     assert run(monkeypatch, "bench", folders[family], "--texts", texts, *options) == 0
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if re.search(r"\d to \d", line)]

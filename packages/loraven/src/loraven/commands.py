@@ -111,7 +111,7 @@ def bench(
     factors: Factors = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each level.")] = 15,
     levels: Levels = "0.3,0.5,0.7,1.0",
-    cost: Cost = "latency",
+    cost: Cost = "macs",
     batch_size: BatchSize = 16,
     max_length: MaxLength = 128,
     device: Device = "cpu",
