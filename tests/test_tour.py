@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from mycelya_torch import get_all_machines
-from tools.tour import experts, figures, fusion_row, loraven_row, measures, report, run, table
+from tools.tour import (
+    experts,
+    figures,
+    fusion_row,
+    loraven_row,
+    measures,
+    report,
+    run,
+    table,
+)
 from tools.tour.corpus import (
     SHARED_WORDS,
     Corpus,
