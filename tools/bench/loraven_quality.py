@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 MODULES = """
 argparse ast asyncio calendar collections concurrent.futures configparser contextlib
-copy csv datetime decimal difflib dis email.message enum fractions ftplib functools gzip
-heapq http.client http.server imaplib inspect ipaddress json logging mailbox
-multiprocessing.pool optparse os pathlib pdb pickle platform random shutil smtplib socket
-sqlite3 statistics string subprocess tarfile tempfile textwrap threading tokenize trace
-turtle typing unittest.case unittest.mock urllib.request uuid weakref xml.dom.minidom
-xml.etree.ElementTree zipfile
+copy csv datetime decimal difflib dis email.message enum fractions ftplib functools
+gzip heapq http.client http.server imaplib inspect ipaddress json logging mailbox
+multiprocessing.pool optparse os pathlib pdb pickle platform random shutil smtplib
+socket sqlite3 statistics string subprocess tarfile tempfile textwrap threading
+tokenize trace turtle typing unittest.case unittest.mock urllib.request uuid weakref
+xml.dom.minidom xml.etree.ElementTree zipfile
 """
 Batch = Mapping[str, Tensor]
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 from loraven.budget import BudgetExhaustedException, BudgetManager
 from loraven.conversion import convert
+from loraven.distillation import DistillSummary, distill
 from loraven.energy import (
     EnergyEstimator,
     PerfEstimator,
@@ -15,6 +16,7 @@ from loraven.export import export_static
 from loraven.family import at_budget, get_budget, revert, set_budget
 from loraven.layers import DynamicLowRankLayer
 from loraven.meter import EnergyReading, EnergyUnavailableError, measure_energy
+from loraven.nested import NestedLinear
 from loraven.plots import plot_energy_efficiency, plot_rank_evolution
 from loraven.presets import LoRAven, create_loraven_layer
 from loraven.schedulers import (
@@ -30,6 +32,7 @@ __all__ = [
     "BudgetExhaustedException",
     "BudgetManager",
     "ConversionSummary",
+    "DistillSummary",
     "DynamicLowRankLayer",
     "EnergyAwareRankScheduler",
     "EnergyEstimator",
@@ -41,12 +44,14 @@ __all__ = [
     "LightweightScorer",
     "LinearRankScheduler",
     "LoRAven",
+    "NestedLinear",
     "PerfEstimator",
     "RankScheduler",
     "at_budget",
     "calibrate_energy",
     "convert",
     "create_loraven_layer",
+    "distill",
     "export_static",
     "get_budget",
     "get_default_hardware_profile",
