@@ -191,6 +191,15 @@ def test_streamed_moments_equal_those_of_all_at_once(dtype):
     assert (moments.covariance - exact.covariance).abs().max() <= tight * scale
 
 
+def test_many_tokens_lose_no_digits_in_float32():
+    x = torch.randn(400_000, 3)
+    statistics = InputStatistics(3)
+    for part in x.split(400):
+        statistics.add(part)
+    exact = exact_moments(x.double()).covariance
+    assert (statistics.finish().covariance - exact).abs().max() < 2e-7
+
+
 def test_adding_goes_on_after_finish():
     x = torch.randn(100, 4)
     statistics = InputStatistics(4)
@@ -201,7 +210,7 @@ def test_adding_goes_on_after_finish():
     assert torch.allclose(statistics.finish().covariance, exact.covariance, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [5, 15, 19, 20])
+@pytest.mark.parametrize("tokens", [3, 5, 15, 19, 20])
 def test_few_tokens_shrink_by_the_rule(tokens):
     x = torch.randn(tokens, 10, dtype=torch.float64)
     statistics = InputStatistics(10)

@@ -83,6 +83,18 @@ def test_every_form_is_the_map_at_every_number_of_rows(shape, dtype, lead):
         assert found[1].is_contiguous()
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_inputs_of_another_width_are_never_cut_into_other_rows(contiguous):
+    factors, pivots = factorised(24, 512)
+    prefix = prefix_arguments(factors, 8, torch.float32)
+    gauge = gauge_arguments(factors, pivots, 8, torch.float32)
+    for x in (torch.randn(64, 256), torch.randn(2, 32, 256), torch.randn(16 * 512)):
+        with pytest.raises((RuntimeError, IndexError)):
+            run_prefix(x, *prefix)
+        with pytest.raises((RuntimeError, IndexError)):
+            run_gauge(x, *gauge, contiguous=contiguous)
+
+
 def test_a_view_is_returned_only_when_asked_for_and_can_be_an_input():
     factors, pivots = factorised(40, 40)
     arguments = gauge_arguments(factors, pivots, 8, torch.float64)
@@ -306,6 +318,8 @@ def test_float_costs_share_one_scale():
     small, large = cost(8, 8, 8, "dense"), cost(64, 64, 64, "dense")
     assert small > 2**30
     assert large / small == pytest.approx(64, rel=1e-9)
+    third = cost_function(lambda out, in_, rank, form: 1 / 3)
+    assert third(8, 8, 4, "prefix") == third(8, 8, 8, "dense") + 1
 
 
 def test_errors_name_what_is_wrong():

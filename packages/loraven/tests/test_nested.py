@@ -171,6 +171,8 @@ def test_rebuild_follows_trained_factors():
     for plan, y in zip(PLANS, outputs(nested, x), strict=False):
         assert torch.allclose(y, exact(changed, plan.rank, x), atol=1e-9)
         assert not torch.allclose(y, exact(factors, plan.rank, x), atol=1e-2)
+    assert torch.equal(nested.order, pivot(nested.up).order)
+    assert not torch.equal(nested.order, pivot(factors.up).order)
 
 
 def test_rebuild_refuses_a_gauge_form_that_loses_digits_and_changes_nothing():
@@ -321,6 +323,18 @@ def test_to_another_dtype_takes_all_forms_along(dtype):
         assert (y.double() - expected).norm() <= limit * size
     nested.load_state_dict(copy.deepcopy(nested.state_dict()))
     assert same(outputs(nested, x), [*reduced, dense])
+
+
+def test_parameters_that_a_conversion_replaces_are_the_originals_too():
+    original, _, nested = made()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        nested.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert original.weight is nested.weight
+    assert original.bias is nested.bias
+    outputs(nested, torch.randn(3, 40, dtype=torch.float64))
 
 
 def test_to_meta_and_back_by_a_state_dict():
