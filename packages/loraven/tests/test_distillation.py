@@ -21,8 +21,10 @@ def model(seed=0):
 
 
 def data(count=16, seed=1):
+    """Inputs of which some directions matter more than others."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(32, 48, generator=generator) for _ in range(count)]
+    scale = torch.logspace(0.5, -1, 48)
+    return [torch.randn(32, 48, generator=generator) * scale for _ in range(count)]
 
 
 @pytest.fixture
@@ -52,12 +54,12 @@ def errors(found, batches):
 def test_every_level_gets_better_on_unseen_data(converted):
     fresh = data(8, seed=2)
     before = errors(converted, fresh)
-    summary = loraven.distill(converted, data(64), steps=150, lr=2e-3)
+    summary = loraven.distill(converted, data(64), steps=150, lr=3e-4)
     after = errors(converted, fresh)
     assert not summary.restored, summary.reason
     assert list(summary.after) == list(LEVELS[:-1])
     for level in LEVELS[:-1]:
-        assert after[level] < 0.97 * before[level]
+        assert after[level] < 0.99 * before[level]
         assert summary.after[level] < summary.before[level]
     assert "150 steps" in str(summary)
 
@@ -70,7 +72,7 @@ def test_the_dense_form_and_everything_else_stay(converted):
     x = data(1)[0]
     with evaluating(converted):
         dense = loraven.at_budget(converted, 1.0)(x)
-    loraven.distill(converted, data(), steps=5, lr=1e-3)
+    loraven.distill(converted, data(64), steps=40, lr=3e-4)
     changed = {
         name
         for name, value in converted.state_dict().items()
@@ -88,7 +90,7 @@ def test_the_dense_form_and_everything_else_stay(converted):
 
 
 def test_the_fast_forms_are_those_of_the_trained_factors(converted):
-    loraven.distill(converted, data(), steps=20, lr=1e-3)
+    loraven.distill(converted, data(64), steps=40, lr=3e-4)
     x = data(1, seed=3)[0]
     assert any(p.form == "gauge" for m in (converted[0], converted[3]) for p in m.plans)
     for level in LEVELS[:-1]:
@@ -104,7 +106,7 @@ def test_the_fast_forms_are_those_of_the_trained_factors(converted):
                 )
     with evaluating(converted):
         before = [loraven.at_budget(converted, level)(x) for level in LEVELS]
-        again = model()
+        again = model().eval()
         loraven.convert(again, data(), levels=LEVELS)
         again.load_state_dict(converted.state_dict())
         after = [loraven.at_budget(again, level)(x) for level in LEVELS]
@@ -114,9 +116,9 @@ def test_the_fast_forms_are_those_of_the_trained_factors(converted):
 def test_the_same_seed_trains_the_same(converted):
     other = copy.deepcopy(converted)
     third = copy.deepcopy(converted)
-    loraven.distill(converted, data(), steps=10, seed=5)
-    loraven.distill(other, data(), steps=10, seed=5)
-    loraven.distill(third, data(), steps=10, seed=6)
+    loraven.distill(converted, data(64), steps=40, lr=3e-4, seed=5)
+    loraven.distill(other, data(64), steps=40, lr=3e-4, seed=5)
+    loraven.distill(third, data(64), steps=40, lr=3e-4, seed=6)
     assert torch.equal(converted[0].up, other[0].up)
     assert not torch.equal(converted[0].up, third[0].up)
 
@@ -175,7 +177,7 @@ def test_padding_does_not_count():
     for fill in (0.0, 50.0):
         tokens = Tokens()
         loraven.convert(tokens, batches(0.0), levels=(0.5, 1.0))
-        summary = loraven.distill(tokens, batches(fill), steps=5, lr=1e-3)
+        summary = loraven.distill(tokens, batches(fill), steps=5)
         trained.append((tokens.body[0].up, summary.after[0.5]))
     torch.testing.assert_close(trained[0], trained[1])
 

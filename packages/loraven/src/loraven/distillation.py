@@ -177,7 +177,7 @@ class _Lesson:
         self, model: nn.Module, family: Family, loss: Loss, output: Output
     ) -> None:
         self.model, self.family, self.loss, self.output = model, family, loss, output
-        self.teacher = at_level(model, len(family.levels))
+        self.teacher = at_level(model, len(family.levels)).eval()
         self.layers: tuple[NestedLinear, ...] = family.modules
         self.reduced = [
             index
@@ -192,6 +192,7 @@ class _Lesson:
         self.level = self.layers[0].level
         self.flags = [factor.requires_grad for factor in self.factors]
         self.kept = [factor.detach().clone() for factor in self.factors]
+        self.orders = [layer.order.clone() for layer in self.layers]
         for layer in self.layers:
             layer.training_form = True
 
@@ -209,6 +210,8 @@ class _Lesson:
         """Undo all steps."""
         for factor, value in zip(self.factors, self.kept, strict=True):
             factor.copy_(value)
+        for layer, order in zip(self.layers, self.orders, strict=True):
+            layer.rebuild(order)
 
     def train(
         self,
@@ -234,8 +237,6 @@ class _Lesson:
                 reason = str(error)
         if reason:
             self.put_back()
-            for layer in self.layers:
-                layer.rebuild()
         return reason
 
     def _worse(self) -> str:

@@ -269,13 +269,19 @@ class NestedLinear(nn.Module):
         return sorted({plan.rank for plan in self.plans if plan.form == "gauge"})
 
     @torch.no_grad()
-    def rebuild(self) -> None:
-        """Derive a new order and all gauge forms from the factors as they are now.
+    def rebuild(self, order: Tensor | None = None) -> None:
+        """Derive an order and all gauge forms from the factors as they are now.
+
+        Args:
+            order: The order to take, one that served these factors before; None:
+                the best one.
 
         Raises:
             NotReady: a gauge form would lose accuracy; nothing was changed.
         """
-        if ranks := self._gauge_ranks():
+        if order is not None:
+            self.order.copy_(order)
+        elif ranks := self._gauge_ranks():
             pivots = pivot(self.up)
             safe = safe_ranks(self.down, pivots, ranks)
             if bad := [rank for rank in ranks if not safe[rank]]:
