@@ -250,7 +250,7 @@ def _run_fused(
     if whole and layer._rank_scope == "batch" and layer._merges(rank):
         weight = copies.merged(rank, stays=False)
         if weight is not None:
-            y = join(layer._parameters["bias"], x, weight)
+            y = join(layer.bias, x, weight)
             return y, Work(early, 0, True, True, gated)
     if columns is None:
         down, up = copies.span(early, rank, len(x))
@@ -264,4 +264,4 @@ def _run_fused(
     if keep is not None:
         z = z * keep.to(z.dtype)
     work = Work(early + down.shape[1], len(up), False, True, gated)
-    return join(layer._parameters["bias"], z, up), work
+    return join(layer.bias, z, up), work

@@ -6,12 +6,15 @@ the same input, so one matrix product over their concatenated weights replaces
 three; ``scale`` is multiplied into ``up`` once instead of into each input's
 coordinates; and from 0.9 of the dense layer's cost on, one merged weight runs.
 
-Decisions: copies exist only while grad is off and outside torch.compile. They are
-compared with their sources before each use: same Parameter object, same version
-counter, same address. An edit through ``parameter.data`` moves neither, which is why
-the layer also drops its copies in each forward with grad and in ``train()``,
-``eval()`` and ``_apply``. Sources that are not plain Parameters (parametrized,
-wrapped by a functional transform) get no copies.
+Decisions: copies exist only while grad is off, no source holds a gradient, and
+outside torch.compile. They are compared with their sources before each use: same
+Parameter object, same version counter, same address. A fused optimizer and an edit
+through ``parameter.data`` move none of the three, which is why a gradient (an
+optimizer's step may come at any time) forbids copies, and why the layer drops them
+in each forward with grad, in ``train()``, ``eval()`` and ``_apply``. What is left is
+an edit through ``parameter.data`` without any gradient: call ``eval()`` after it.
+Sources that are not plain Parameters (parametrized, wrapped by a functional
+transform) get no copies.
 """
 
 from typing import TYPE_CHECKING
@@ -61,6 +64,8 @@ class Copies:
         """Whether the copies still equal what they were made from."""
         for now, (then, version, address) in zip(sources, self._stamps, strict=True):
             if now is not then or now._version != version or now.data_ptr() != address:
+                return False
+            if now.grad is not None:
                 return False
         return True
 
@@ -172,6 +177,8 @@ def _make(sources: tuple[Tensor, ...]) -> Copies | None:
         return None
     # Tensors made under inference_mode count no versions.
     if any(source.is_inference() or source.is_meta for source in sources):
+        return None
+    if any(source.grad is not None for source in sources):
         return None
     return Copies(sources)
 

@@ -217,18 +217,18 @@ class DynamicLowRankLayer(LowRankReport):
     def _run_fixed(
         self, x: Tensor, rank: int, shape: torch.Size, mode: str
     ) -> tuple[Tensor, int]:
-        copies = fused.copies_of(self)
+        copies = None if mode == "training" else fused.copies_of(self)
         merged = None
         if copies is None:
             x = self._guard.clean(x, shape)
             y = self._product(x, slice(0, rank), None)
         elif self._merges(rank):
             merged = copies.merged(rank, stays=True)
-            y, _, _ = self._linear(x, merged, self._parameters["bias"], shape)
+            y, _, _ = self._linear(x, merged, self.bias, shape)
         else:
             down, up = copies.prefix(rank)
             z, _, _ = self._linear(x, down, None, shape)
-            y = fused.join(self._parameters["bias"], z, up)
+            y = fused.join(self.bias, z, up)
         last = self._last
         if mode == "training":
             last.copies = None
