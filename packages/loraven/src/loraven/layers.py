@@ -149,6 +149,8 @@ class DynamicLowRankLayer(LowRankReport):
         proportional to ``(1 + i / r_min) ** -0.5`` with the sum of squares
         ``out_features / 3``, which gives the output variance of nn.Linear.
         """
+        if self.down.is_meta:
+            return
         with torch.no_grad():
             for factor in (self.down, self.up):
                 # QR knows no half precision.
@@ -232,7 +234,7 @@ class DynamicLowRankLayer(LowRankReport):
         last = self._last
         if mode == "training":
             last.copies = None
-            last.cost = y.new_tensor(rank / self.r_max)
+            last.cost = torch.full((), rank / self.r_max, device=y.device)
         if not x.shape[0]:
             return y, last.rank
         last.rank = rank
