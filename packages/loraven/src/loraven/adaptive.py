@@ -142,7 +142,7 @@ def _decide(
         rank, keep = _rows(layer, seen.scores, scores, cap)
     else:
         rank = max(min(_proposal(layer, scores, budget), cap), layer.r_min)
-    if any_open is None:
+    if any_open is None or seen.opened is None:
         return _Choice(rank, (), None, keep), complexity
     blocks, total = layer.num_blocks, layer.r_max
     used = (rank - 1) * blocks // total + 1
@@ -248,7 +248,7 @@ def _run_fused(
     gated, early = layer._gates_enabled, 0 if first is None else first.shape[1]
     whole = columns is None and keep is None
     if whole and layer._rank_scope == "batch" and layer._merges(rank):
-        weight = copies.merged(rank, stays=False)
+        weight = copies.merged_if_again(rank)
         if weight is not None:
             y = join(layer.bias, x, weight)
             return y, Work(early, 0, True, True, gated)

@@ -58,7 +58,7 @@ class Copies:
         self._spans: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
         self._selected: tuple[object, tuple[Tensor, ...]] | None = None
         self._wanted = 0
-        self._merged: Tensor | None = None
+        self._merged: tuple[int, Tensor] | None = None
 
     def fresh(self, sources: tuple[Tensor, ...]) -> bool:
         """Whether the copies still equal what they were made from."""
@@ -134,21 +134,24 @@ class Copies:
         first, down, up = self._selected[1]
         return first, down, up
 
-    def merged(self, rank: int, stays: bool) -> Tensor | None:
-        """(in, out) weight of the first ``rank`` columns; None: not worth it yet.
+    def merged(self, rank: int) -> Tensor:
+        """(in, out) weight of the first ``rank`` columns.
 
-        Building it costs as much as ``rank`` rows of input. A rank that stays is
-        worth it at once, one that was found is so when it comes twice in a row.
+        Building it costs as much as ``rank`` rows of input.
         """
-        if rank != self._wanted:
-            self._wanted, self._merged = rank, None
-            if not stays:
-                return None
-        if self._merged is None:
+        if self._merged is None or self._merged[0] != rank:
             down, up = self._aliases[0][:rank], self.scaled_up[:rank]
             with torch.autocast(down.device.type, enabled=False):
-                self._merged = down.t() @ up
-        return self._merged
+                self._merged = rank, down.t() @ up
+        return self._merged[1]
+
+    def merged_if_again(self, rank: int) -> Tensor | None:
+        """`merged` when the same rank comes twice in a row; None the first time.
+
+        A rank that was found for one batch may never come again.
+        """
+        again, self._wanted = rank == self._wanted, rank
+        return self.merged(rank) if again else None
 
 
 def copies_of(layer: "DynamicLowRankLayer") -> Copies | None:

@@ -220,13 +220,13 @@ class DynamicLowRankLayer(LowRankReport):
         self, x: Tensor, rank: int, shape: torch.Size, mode: str
     ) -> tuple[Tensor, int]:
         copies = None if mode == "training" else fused.copies_of(self)
-        merged = None
+        work = Work(rank, rank, False, False, False)
         if copies is None:
             x = self._guard.clean(x, shape)
             y = self._product(x, slice(0, rank), None)
         elif self._merges(rank):
-            merged = copies.merged(rank, stays=True)
-            y, _, _ = self._linear(x, merged, self.bias, shape)
+            y, _, _ = self._linear(x, copies.merged(rank), self.bias, shape)
+            work = Work(0, 0, True, False, False)
         else:
             down, up = copies.prefix(rank)
             z, _, _ = self._linear(x, down, None, shape)
@@ -237,9 +237,7 @@ class DynamicLowRankLayer(LowRankReport):
             last.cost = torch.full((), rank / self.r_max, device=y.device)
         if not x.shape[0]:
             return y, last.rank
-        last.rank = rank
-        used = 0 if merged is not None else rank
-        last.work = Work(used, used, merged is not None, False, False)
+        last.rank, last.work = rank, work
         return y, rank
 
     def _run_training(
