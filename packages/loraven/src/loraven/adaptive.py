@@ -105,15 +105,22 @@ def _look(
     parts = [min(gated, 1), max(gated - 1, 0), out.shape[1] - gated - rows, rows]
     _, logits, hidden, first = out.split(parts, 1)
     last = layer._modules["scorer"]._modules["output"]._parameters
-    scores = F.linear(torch.relu(hidden), last["weight"], last["bias"])
-    scores = torch.sigmoid(scores).view(-1)
+    scores = F.linear(hidden.relu_(), last["weight"], last["bias"])
+    scores = scores.sigmoid_().view(-1)
     if not finite:
         scores = scores.nan_to_num(1.0)
     opened = None
     # A gate of 0.5 is a logit of 0; the sigmoid runs where it can matter.
-    if gated > 1 and not (out.is_cpu and logits.amin().item() >= 0):
+    if gated > 1 and not (out.is_cpu and _all_open(logits)):
         opened = _opened(torch.sigmoid(out[:, :gated]))
     return _Look(x, scores, opened, first if rows else None)
+
+
+def _all_open(logits: Tensor) -> bool:
+    """Whether no logit is below 0 or NaN; both forms answer False to a NaN."""
+    if len(logits) == 1:
+        return all(value >= 0 for value in logits.tolist()[0])
+    return logits.amin().item() >= 0
 
 
 @torch.no_grad()
