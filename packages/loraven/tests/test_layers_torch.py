@@ -231,3 +231,38 @@ def test_two_processes_train_without_find_unused_parameters():
     assert found[0][0] != found[1][0]
     start = [p.detach().numpy() for p in make().parameters()]
     assert all((a != b).any() for a, b in zip(found[0][1], start, strict=True))
+
+
+class Away(torch.Tensor):
+    """A CPU tensor that says it lives on an accelerator."""
+
+    is_cpu = False
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("scope", ["batch", "row"])
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_the_path_of_accelerators_equals_the_host_s(scope, mode, spread):
+    layer = make()
+    layer.random_rank_share = 0.0
+    layer.rank_scope = scope
+    with torch.no_grad():
+        layer.scorer.output.weight.mul_(6)
+        layer.gate.linear.weight.normal_(std=spread)
+        layer.gate.linear.bias[3] = -1.0
+    x = torch.randn(7, 32)
+    with torch.no_grad():
+        expected, rank = layer(x, mode=mode)
+        y, same = layer(x.as_subclass(Away), mode=mode)
+    assert isinstance(y, Away)
+    assert same == rank
+    assert torch.allclose(y, expected, atol=1e-5)
+    assert layer.rank_history[0] == layer.rank_history[1]
+    assert layer.complexity_history[0] == pytest.approx(layer.complexity_history[1])
+    # What was replaced is counted there, and said with the next decision's transfer.
+    x[2, 3] = float("nan")
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="1 input elements"):
+        y, _ = layer(x.as_subclass(Away), mode=mode)
+    assert layer.sanitized == 1
+    assert y.isfinite().all()

@@ -265,7 +265,10 @@ class DynamicLowRankLayer(LowRankReport):
         return y, off_graph(self._note_training)(torch.stack([used, mean]))
 
     def _note_training(self, used_and_mean: Tensor) -> int:
-        used, mean = used_and_mean.tolist()
+        guard = self._guard
+        counted = guard.counted(used_and_mean.device)
+        used, mean, count = torch.cat([used_and_mean, counted]).tolist()
+        guard.warn(int(count))
         work = Work(self.r_max, self.r_max, False, True, self._gates_enabled)
         self._last.note(int(used), work, mean)
         return int(used)
