@@ -131,16 +131,20 @@ class DynamicLowRankLayer(LowRankReport):
         self.scorer = LightweightScorer(in_features, scorer_hidden, device, dtype)
         self.gate = GateNetwork(in_features, self.num_blocks, device, dtype)
         self.scheduler: Any = LinearRankScheduler(r_min, r_max)
+        self._start()
+        self.reset_parameters()
+
+    def _start(self) -> None:
+        """Settings and state that are no parameters."""
         self._rank_scope = "batch"
         self.random_rank_share = 0.25
         self._guard = NonFiniteGuard()
         self._fixed_rank: int | None = None
         self._gates_enabled = True
-        self._last = Last(first)
+        self._last = Last(self.init_rank)
         self._caps: dict[tuple[int, float], tuple[int, bool]] = {}
         self._energies: dict[tuple[int, int], float] = {}
         self.energy_model = EnergyEstimator(get_default_hardware_profile())
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the factors anew; scorer and gate keep their values.
@@ -185,19 +189,8 @@ class DynamicLowRankLayer(LowRankReport):
             InvalidValue: The last dimension differs from ``in_features``, the mode
                 is unknown, or the budget is negative or not finite.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+        _check_call(x, mode, self.in_features)
         shape = x.shape
-        if not shape or shape[-1] != self.in_features:
-            raise InvalidValue(
-                f"x of shape {tuple(shape)}",
-                f"its last dimension must be in_features={self.in_features}",
-                "Give a tensor of shape (..., in_features)",
-            )
-        if mode not in ("inference", "training"):
-            raise InvalidValue(
-                f"mode={mode!r}", "it is unknown", "Use 'inference' or 'training'"
-            )
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         rows, cap, over = flat.shape[0], self.r_max, False
         if budget is not None:
@@ -346,6 +339,22 @@ class DynamicLowRankLayer(LowRankReport):
             middle = (inside + outside) // 2
             inside, outside = (middle, outside) if fits(middle) else (inside, middle)
         return inside, False
+
+
+def _check_call(x: Any, mode: Any, in_features: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+    shape = x.shape
+    if not shape or shape[-1] != in_features:
+        raise InvalidValue(
+            f"x of shape {tuple(shape)}",
+            f"its last dimension must be in_features={in_features}",
+            "Give a tensor of shape (..., in_features)",
+        )
+    if mode not in ("inference", "training"):
+        raise InvalidValue(
+            f"mode={mode!r}", "it is unknown", "Use 'inference' or 'training'"
+        )
 
 
 def off_graph(function: Callable[..., Any]) -> Callable[..., Any]:
