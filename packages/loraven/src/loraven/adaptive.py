@@ -105,15 +105,22 @@ def _look(
     parts = [min(gated, 1), max(gated - 1, 0), out.shape[1] - gated - rows, rows]
     _, logits, hidden, first = out.split(parts, 1)
     last = layer._modules["scorer"]._modules["output"]._parameters
-    scores = F.linear(torch.relu(hidden), last["weight"], last["bias"])
-    scores = torch.sigmoid(scores).view(-1)
+    scores = F.linear(hidden.relu_(), last["weight"], last["bias"])
+    scores = scores.sigmoid_().view(-1)
     if not finite:
         scores = scores.nan_to_num(1.0)
     opened = None
     # A gate of 0.5 is a logit of 0; the sigmoid runs where it can matter.
-    if gated > 1 and not (out.is_cpu and logits.amin().item() >= 0):
+    if gated > 1 and not (out.is_cpu and _all_open(logits)):
         opened = _opened(torch.sigmoid(out[:, :gated]))
     return _Look(x, scores, opened, first if rows else None)
+
+
+def _all_open(logits: Tensor) -> bool:
+    """Whether no logit is below 0 or NaN; both forms answer False to a NaN."""
+    if len(logits) == 1:
+        return all(value >= 0 for value in logits.tolist()[0])
+    return logits.amin().item() >= 0
 
 
 @torch.no_grad()
@@ -142,7 +149,7 @@ def _decide(
         rank, keep = _rows(layer, seen.scores, scores, cap)
     else:
         rank = max(min(_proposal(layer, scores, budget), cap), layer.r_min)
-    if any_open is None:
+    if any_open is None or seen.opened is None:
         return _Choice(rank, (), None, keep), complexity
     blocks, total = layer.num_blocks, layer.r_max
     used = (rank - 1) * blocks // total + 1
@@ -248,9 +255,9 @@ def _run_fused(
     gated, early = layer._gates_enabled, 0 if first is None else first.shape[1]
     whole = columns is None and keep is None
     if whole and layer._rank_scope == "batch" and layer._merges(rank):
-        weight = copies.merged(rank, stays=False)
+        weight = copies.merged_if_again(rank)
         if weight is not None:
-            y = join(layer._parameters["bias"], x, weight)
+            y = join(layer.bias, x, weight)
             return y, Work(early, 0, True, True, gated)
     if columns is None:
         down, up = copies.span(early, rank, len(x))
@@ -264,4 +271,4 @@ def _run_fused(
     if keep is not None:
         z = z * keep.to(z.dtype)
     work = Work(early + down.shape[1], len(up), False, True, gated)
-    return join(layer._parameters["bias"], z, up), work
+    return join(layer.bias, z, up), work

@@ -6,12 +6,15 @@ the same input, so one matrix product over their concatenated weights replaces
 three; ``scale`` is multiplied into ``up`` once instead of into each input's
 coordinates; and from 0.9 of the dense layer's cost on, one merged weight runs.
 
-Decisions: copies exist only while grad is off and outside torch.compile. They are
-compared with their sources before each use: same Parameter object, same version
-counter, same address. An edit through ``parameter.data`` moves neither, which is why
-the layer also drops its copies in each forward with grad and in ``train()``,
-``eval()`` and ``_apply``. Sources that are not plain Parameters (parametrized,
-wrapped by a functional transform) get no copies.
+Decisions: copies exist only while grad is off, no source holds a gradient, and
+outside torch.compile. They are compared with their sources before each use: same
+Parameter object, same version counter, same address. A fused optimizer and an edit
+through ``parameter.data`` move none of the three, which is why a gradient (an
+optimizer's step may come at any time) forbids copies, and why the layer drops them
+in each forward with grad, in ``train()``, ``eval()`` and ``_apply``. What is left is
+an edit through ``parameter.data`` without any gradient: call ``eval()`` after it.
+Sources that are not plain Parameters (parametrized, wrapped by a functional
+transform) get no copies.
 """
 
 from typing import TYPE_CHECKING
@@ -55,12 +58,14 @@ class Copies:
         self._spans: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
         self._selected: tuple[object, tuple[Tensor, ...]] | None = None
         self._wanted = 0
-        self._merged: Tensor | None = None
+        self._merged: tuple[int, Tensor] | None = None
 
     def fresh(self, sources: tuple[Tensor, ...]) -> bool:
         """Whether the copies still equal what they were made from."""
         for now, (then, version, address) in zip(sources, self._stamps, strict=True):
             if now is not then or now._version != version or now.data_ptr() != address:
+                return False
+            if now.grad is not None:
                 return False
         return True
 
@@ -129,21 +134,24 @@ class Copies:
         first, down, up = self._selected[1]
         return first, down, up
 
-    def merged(self, rank: int, stays: bool) -> Tensor | None:
-        """(in, out) weight of the first ``rank`` columns; None: not worth it yet.
+    def merged(self, rank: int) -> Tensor:
+        """(in, out) weight of the first ``rank`` columns.
 
-        Building it costs as much as ``rank`` rows of input. A rank that stays is
-        worth it at once, one that was found is so when it comes twice in a row.
+        Building it costs as much as ``rank`` rows of input.
         """
-        if rank != self._wanted:
-            self._wanted, self._merged = rank, None
-            if not stays:
-                return None
-        if self._merged is None:
+        if self._merged is None or self._merged[0] != rank:
             down, up = self._aliases[0][:rank], self.scaled_up[:rank]
             with torch.autocast(down.device.type, enabled=False):
-                self._merged = down.t() @ up
-        return self._merged
+                self._merged = rank, down.t() @ up
+        return self._merged[1]
+
+    def merged_if_again(self, rank: int) -> Tensor | None:
+        """`merged` when the same rank comes twice in a row; None the first time.
+
+        A rank that was found for one batch may never come again.
+        """
+        again, self._wanted = rank == self._wanted, rank
+        return self.merged(rank) if again else None
 
 
 def copies_of(layer: "DynamicLowRankLayer") -> Copies | None:
@@ -172,6 +180,8 @@ def _make(sources: tuple[Tensor, ...]) -> Copies | None:
         return None
     # Tensors made under inference_mode count no versions.
     if any(source.is_inference() or source.is_meta for source in sources):
+        return None
+    if any(source.grad is not None for source in sources):
         return None
     return Copies(sources)
 

@@ -131,16 +131,20 @@ class DynamicLowRankLayer(LowRankReport):
         self.scorer = LightweightScorer(in_features, scorer_hidden, device, dtype)
         self.gate = GateNetwork(in_features, self.num_blocks, device, dtype)
         self.scheduler: Any = LinearRankScheduler(r_min, r_max)
+        self._start()
+        self.reset_parameters()
+
+    def _start(self) -> None:
+        """Settings and state that are no parameters."""
         self._rank_scope = "batch"
         self.random_rank_share = 0.25
         self._guard = NonFiniteGuard()
         self._fixed_rank: int | None = None
         self._gates_enabled = True
-        self._last = Last(first)
+        self._last = Last(self.init_rank)
         self._caps: dict[tuple[int, float], tuple[int, bool]] = {}
         self._energies: dict[tuple[int, int], float] = {}
         self.energy_model = EnergyEstimator(get_default_hardware_profile())
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the factors anew; scorer and gate keep their values.
@@ -149,6 +153,8 @@ class DynamicLowRankLayer(LowRankReport):
         proportional to ``(1 + i / r_min) ** -0.5`` with the sum of squares
         ``out_features / 3``, which gives the output variance of nn.Linear.
         """
+        if self.down.is_meta:
+            return
         with torch.no_grad():
             for factor in (self.down, self.up):
                 # QR knows no half precision.
@@ -183,19 +189,8 @@ class DynamicLowRankLayer(LowRankReport):
             InvalidValue: The last dimension differs from ``in_features``, the mode
                 is unknown, or the budget is negative or not finite.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+        _check_call(x, mode, self.in_features)
         shape = x.shape
-        if not shape or shape[-1] != self.in_features:
-            raise InvalidValue(
-                f"x of shape {tuple(shape)}",
-                f"its last dimension must be in_features={self.in_features}",
-                "Give a tensor of shape (..., in_features)",
-            )
-        if mode not in ("inference", "training"):
-            raise InvalidValue(
-                f"mode={mode!r}", "it is unknown", "Use 'inference' or 'training'"
-            )
         flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         rows, cap, over = flat.shape[0], self.r_max, False
         if budget is not None:
@@ -217,27 +212,25 @@ class DynamicLowRankLayer(LowRankReport):
     def _run_fixed(
         self, x: Tensor, rank: int, shape: torch.Size, mode: str
     ) -> tuple[Tensor, int]:
-        copies = fused.copies_of(self)
-        merged = None
+        copies = None if mode == "training" else fused.copies_of(self)
+        work = Work(rank, rank, False, False, False)
         if copies is None:
             x = self._guard.clean(x, shape)
             y = self._product(x, slice(0, rank), None)
         elif self._merges(rank):
-            merged = copies.merged(rank, stays=True)
-            y, _, _ = self._linear(x, merged, self._parameters["bias"], shape)
+            y, _, _ = self._linear(x, copies.merged(rank), self.bias, shape)
+            work = Work(0, 0, True, False, False)
         else:
             down, up = copies.prefix(rank)
             z, _, _ = self._linear(x, down, None, shape)
-            y = fused.join(self._parameters["bias"], z, up)
+            y = fused.join(self.bias, z, up)
         last = self._last
         if mode == "training":
             last.copies = None
-            last.cost = y.new_tensor(rank / self.r_max)
+            last.cost = torch.full((), rank / self.r_max, device=y.device)
         if not x.shape[0]:
             return y, last.rank
-        last.rank = rank
-        used = 0 if merged is not None else rank
-        last.work = Work(used, used, merged is not None, False, False)
+        last.rank, last.work = rank, work
         return y, rank
 
     def _run_training(
@@ -265,7 +258,10 @@ class DynamicLowRankLayer(LowRankReport):
         return y, off_graph(self._note_training)(torch.stack([used, mean]))
 
     def _note_training(self, used_and_mean: Tensor) -> int:
-        used, mean = used_and_mean.tolist()
+        guard = self._guard
+        counted = guard.counted(used_and_mean.device)
+        used, mean, count = torch.cat([used_and_mean, counted]).tolist()
+        guard.warn(int(count))
         work = Work(self.r_max, self.r_max, False, True, self._gates_enabled)
         self._last.note(int(used), work, mean)
         return int(used)
@@ -343,6 +339,22 @@ class DynamicLowRankLayer(LowRankReport):
             middle = (inside + outside) // 2
             inside, outside = (middle, outside) if fits(middle) else (inside, middle)
         return inside, False
+
+
+def _check_call(x: Any, mode: Any, in_features: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+    shape = x.shape
+    if not shape or shape[-1] != in_features:
+        raise InvalidValue(
+            f"x of shape {tuple(shape)}",
+            f"its last dimension must be in_features={in_features}",
+            "Give a tensor of shape (..., in_features)",
+        )
+    if mode not in ("inference", "training"):
+        raise InvalidValue(
+            f"mode={mode!r}", "it is unknown", "Use 'inference' or 'training'"
+        )
 
 
 def off_graph(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -106,29 +106,25 @@ class LoRAven(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        ranks = _ranks(in_features, out_features, mode, max_rank, min_rank)
+        sizes = {"in_features": in_features, "out_features": out_features} | ranks
         problems = _wrong_mode(mode, max_rank, min_rank)
-        sizes: dict[str, Any] = {
-            "in_features": in_features,
-            "out_features": out_features,
-        }
-        if mode in PRESETS and not wrong_sizes(sizes):
-            short = min(in_features, out_features)
-            if max_rank is None:
-                max_rank = max(1, round(PRESETS[mode].rank_ratio * short))
-            if min_rank is None:
-                min_rank = max(1, round(PRESETS[mode].min_rank_ratio * short))
-        given = {"max_rank": max_rank, "min_rank": min_rank}
-        sizes |= {name: rank for name, rank in given.items() if rank is not None}
         problems += wrong_sizes(sizes, high="max_rank", low="min_rank")
         problems += _wrong_budget(energy_budget)
         if problems:
             where = f"LoRAven({in_features!r}, {out_features!r}, mode={mode!r})"
             raise InvalidValue(where, "; ".join(problems), "Correct all of them")
         self.in_features, self.out_features = in_features, out_features
-        self.mode, self.max_rank, self.min_rank = mode, max_rank, min_rank
+        self.mode: str = mode
+        self.max_rank, self.min_rank = ranks["max_rank"], ranks["min_rank"]
         self.energy_budget = None if energy_budget is None else float(energy_budget)
         self.layer = DynamicLowRankLayer(
-            in_features, out_features, max_rank, min_rank, bias=bias, device=device
+            in_features,
+            out_features,
+            self.max_rank,
+            self.min_rank,
+            bias=bias,
+            device=device,
         )
         self._books = _Books()
         self._warn_if_loose()
@@ -160,9 +156,11 @@ class LoRAven(nn.Module):
 
     def _budget(self, x: Tensor) -> float | None:
         """What this forward may spend, in mJ per sample."""
+        return self._budget_at(self._rows(x))
+
+    def _budget_at(self, rows: int) -> float | None:
         if self.energy_budget is not None or self.mode not in PRESETS:
             return self.energy_budget
-        rows = self._rows(x)
         share = PRESETS[self.mode].energy_multiplier
         return share * self.layer.energy(self.max_rank, rows) / rows
 
@@ -215,18 +213,13 @@ class LoRAven(nn.Module):
             ``sanitized``: input elements replaced by 0; ``mode``.
         """
         layer, books = self.layer, self._books
-        budget = self.energy_budget
-        if budget is None and self.mode in PRESETS:
-            rows = max(books.rows, 1)
-            share = PRESETS[self.mode].energy_multiplier
-            budget = share * layer.energy(self.max_rank, rows) / rows
         return {
             "current_rank": layer.current_rank,
             "energy_consumption": books.last,
             "energy_source": str(getattr(layer.energy_model, "source", "unknown")),
             "total_energy": books.total,
             "samples": books.samples,
-            "energy_budget": budget,
+            "energy_budget": self._budget_at(max(books.rows, 1)),
             "budget_usage": self.get_budget_usage(),
             "over_budget": layer.over_budget,
             "rank_history": layer.rank_history,
@@ -263,6 +256,23 @@ def create_loraven_layer(
         8
     """
     return LoRAven(in_features, out_features, mode, **kwargs)
+
+
+def _ranks(
+    inside: Any, outside: Any, mode: Any, max_rank: Any, min_rank: Any
+) -> dict[str, Any]:
+    """The ranks as given, else the preset's; none where neither is known."""
+    given = {"max_rank": max_rank, "min_rank": min_rank}
+    found = {name: rank for name, rank in given.items() if rank is not None}
+    sizes = {"in_features": inside, "out_features": outside}
+    if mode not in _MODES or mode == "custom" or wrong_sizes(sizes):
+        return found
+    preset, short = PRESETS[mode], min(inside, outside)
+    own = {
+        "max_rank": max(1, round(preset.rank_ratio * short)),
+        "min_rank": max(1, round(preset.min_rank_ratio * short)),
+    }
+    return own | found
 
 
 def _wrong_mode(mode: Any, max_rank: Any, min_rank: Any) -> list[str]:
