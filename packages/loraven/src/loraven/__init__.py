@@ -3,6 +3,40 @@
 
 from importlib.metadata import version
 
-__all__: list[str] = []
+from loraven.budget import BudgetExhaustedException, BudgetManager
+from loraven.convert import convert
+from loraven.energy import (
+    EnergyEstimator,
+    PerfEstimator,
+    get_default_hardware_profile,
+)
+from loraven.export import export_static
+from loraven.family import at_budget, get_budget, revert, set_budget
+from loraven.schedulers import (
+    EnergyAwareRankScheduler,
+    LinearRankScheduler,
+    RankScheduler,
+)
+from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
+
+__all__ = [
+    "BudgetExhaustedException",
+    "BudgetManager",
+    "ConversionSummary",
+    "EnergyAwareRankScheduler",
+    "EnergyEstimator",
+    "LayerSummary",
+    "LevelSummary",
+    "LinearRankScheduler",
+    "PerfEstimator",
+    "RankScheduler",
+    "at_budget",
+    "convert",
+    "export_static",
+    "get_budget",
+    "get_default_hardware_profile",
+    "revert",
+    "set_budget",
+]
 
 __version__ = version("loraven")

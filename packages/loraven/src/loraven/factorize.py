@@ -30,6 +30,7 @@ __all__ = [
     "Moments",
     "Pivots",
     "gauge_factors",
+    "gauge_of_order",
     "output_pca",
     "pivot",
 ]
@@ -412,7 +413,7 @@ def gauge_factors(factors: Factors, pivots: Pivots, rank: int) -> GaugeFactors:
         rank: 1 to R.
 
     Returns:
-        Factors in the dtype of ``pivots``.
+        Factors in float64.
 
     Raises:
         InvalidValue: rank out of range.
@@ -428,14 +429,25 @@ def gauge_factors(factors: Factors, pivots: Pivots, rank: int) -> GaugeFactors:
     """
     if not 1 <= rank <= factors.rank:
         raise InvalidValue(f"rank={rank}", f"the factors allow 1 to {factors.rank}")
-    first, rest = pivots.lower[:rank, :rank], pivots.lower[rank:, :rank]
-    mix = first @ pivots.upper[:rank, :rank]
-    skeleton = mix @ factors.down[:rank].to(mix)
-    interpolation = torch.linalg.solve_triangular(
-        first, rest, upper=False, left=False, unitriangular=True
-    )
-    bias = factors.up_bias.to(mix)[pivots.order]
+    parts = factors.up, factors.down, factors.down_bias, factors.up_bias
+    return gauge_of_order(*parts, pivots.order, rank)
+
+
+@torch.no_grad()
+def gauge_of_order(
+    up: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up_bias: Tensor,
+    order: Tensor,
+    rank: int,
+) -> GaugeFactors:
+    """`gauge_factors` from the four tensors and an order alone, in float64."""
+    up, bias = up[:rank].detach().double()[:, order], up_bias.detach().double()[order]
+    head, rest = up[:, :rank], up[:, rank:]
+    skeleton = head.T @ down[:rank].detach().double()
+    interpolation = torch.linalg.solve(head, rest).T.contiguous()
+    first = bias[:rank] + head.T @ down_bias[:rank].detach().double()
     # The interpolation starts from finished outputs, so their bias is inside already.
     other = bias[rank:] - interpolation @ bias[:rank]
-    bias = bias[:rank] + mix @ factors.down_bias[:rank].to(mix)
-    return GaugeFactors(skeleton, interpolation, bias, other, pivots.order)
+    return GaugeFactors(skeleton, interpolation, first, other, order)

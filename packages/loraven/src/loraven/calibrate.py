@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over the calibration data: what goes into each layer, how often it runs.
+
+Hooks look at each layer's input. Layers that receive the identical tensor (query,
+key, value) share one set of sums: the first of them keeps it, the others follow as
+long as they see the same tensors in every batch. Positions that the mask calls
+padding enter no sum; a layer whose input the mask can't be matched to is left out
+rather than guessed.
+
+Under a process group, every process brings its own batches, the sums are added up,
+and a failure of one process is raised by all of them instead of letting them wait.
+"""
+
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loraven.batches import Examples, TokenMask, evaluating, run, select, valid
+from loraven.eligible import Target
+from loraven.factorize import InputStatistics, Moments
+from torchworks_core.errors import InvalidValue, NotReady
+
+__all__ = ["Calibration", "calibrate", "count_macs", "gathered"]
+
+EXAMPLES = 96
+
+
+@dataclass
+class Calibration:
+    """What one pass over the calibration data found.
+
+    Attributes:
+        moments: for each layer that can be converted the moments of its input;
+            layers with equal inputs share one object.
+        rows: for each of them how many vectors went in, padding included: that is
+            what it costs.
+        calls: how often it ran.
+        skipped: for each other layer the reason.
+        examples: batches with at most 96 examples, from all over the data.
+        tokens: valid vectors that the layer with the most of them has seen.
+    """
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    examples: list[Any] = field(default_factory=list)
+    tokens: int = 0
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Sequence[Target],
+    token_mask: TokenMask = None,
+) -> Calibration:
+    """Run ``model`` over ``batches`` and take the moments of the layers' inputs.
+
+    Args:
+        model: it runs without gradients, in evaluation mode; its flags and hooks
+            are afterwards as before, whatever happens.
+        batches: see `loraven.batches.run`; read once.
+        targets: the layers to look at.
+        token_mask: see `loraven.batches.valid`.
+
+    Raises:
+        InvalidValue: there is no batch, or an input is not finite.
+        NotReady: another process of the group failed.
+    """
+    watch, examples = _Watch(targets), Examples(EXAMPLES)
+    failed: Exception | None = None
+    try:
+        _pass(model, batches, watch, examples, token_mask)
+    except Exception as error:
+        failed = error
+    error = None if failed is None else repr(failed)
+    found = gathered((error, watch.owner, watch.skipped))
+    if failed is not None:
+        raise failed
+    for rank, (error, owner, skipped) in enumerate(found):
+        watch.skipped |= skipped
+        if error is not None or owner != watch.owner:
+            why = error or "other layers ran, or shared their inputs, than here"
+            raise NotReady(f"calibration in process {rank}", why)
+    result = watch.finish(targets)
+    result.examples = examples.batches
+    _warn_of_few_tokens(result)
+    return result
+
+
+def _pass(
+    model: nn.Module,
+    batches: Iterable[Any],
+    watch: "_Watch",
+    examples: Examples,
+    token_mask: TokenMask,
+) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for target in watch.targets:
+            hook = watch.hook(target)
+            handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        count = 0
+        for count, batch in enumerate(batches, 1):  # noqa: B007
+            watch.begin(valid(batch, token_mask))
+            run(model, batch)
+            watch.end()
+            examples.add(batch)
+    if not count:
+        raise InvalidValue(
+            "calibration", "it has no batch", "Give a few hundred inputs"
+        )
+
+
+class _Watch:
+    """The sums of all layers, filled by hooks on one forward after another."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = targets
+        self.sums: dict[str, InputStatistics] = {}
+        # The layer whose sums a layer uses: itself or another one.
+        self.owner: dict[str, str] = {}
+        self.rows = dict.fromkeys((target.name for target in targets), 0)
+        self.calls = dict(self.rows)
+        self.skipped: dict[str, str] = {}
+        self.begin(None)
+
+    def begin(self, mask: Tensor | None) -> None:
+        """Before a forward: nothing of it was seen yet."""
+        self.mask, self.inputs = mask, 0
+        self.seen: dict[tuple, tuple[Any, str, int]] = {}
+        self.trace: dict[str, list[int]] = {}
+
+    def hook(self, target: Target) -> Any:
+        """What looks at the input of one layer."""
+
+        def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self.rows[target.name] += x.numel() // target.in_features
+            self.calls[target.name] += 1
+            if target.name not in self.skipped:
+                self._take(target, x)
+
+        return look
+
+    def _take(self, target: Target, x: Tensor) -> None:
+        name = target.name
+        version = -1 if x.is_inference() else x._version
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, version)
+        alive, first, number = self.seen.get(key, (lambda: None, name, 0))
+        if alive() is None:
+            # New, or memory that another tensor has given back since.
+            first, number = name, self.inputs
+            self.inputs += 1
+            self.seen[key] = (weakref.ref(x), name, number)
+        owner = self.owner.setdefault(name, self.owner.get(first, first))
+        self.trace.setdefault(name, []).append(number)
+        if owner != name:
+            return
+        rows = select(x, self.mask)
+        if rows is None and self.mask is not None:
+            shapes = f"{tuple(x.shape)} and {tuple(self.mask.shape)}"
+            self.skipped[name] = f"its input and the mask have shapes {shapes}"
+        if rows is None:
+            return
+        if name not in self.sums:
+            self.sums[name] = InputStatistics(target.in_features, x.device)
+        self.sums[name].add(rows)
+
+    def end(self) -> None:
+        """After a forward: drop the layers that went another way than their owner."""
+        for name, owner in self.owner.items():
+            if self.trace.get(name, []) != self.trace.get(owner, []):
+                self.skipped[name] = f"its input is that of {owner!r} in some batches"
+
+    def finish(self, targets: Sequence[Target]) -> Calibration:
+        """Add up over processes, and turn sums into moments, one layer at a time."""
+        result = Calibration(skipped=self.skipped)
+        totals = gathered((self.rows, self.calls))
+        moments: dict[str, Moments] = {}
+        for owner in [name for name in self.owner if self.owner[name] == name]:
+            if owner in self.skipped:
+                continue
+            sums = self.sums[owner]
+            sums.all_reduce()
+            if sums.tokens:
+                moments[owner] = _moments(owner, sums)
+        for target in targets:
+            name, owner = target.name, self.owner.get(target.name)
+            if owner in self.skipped and owner != name:
+                self.skipped[name] = self.skipped[owner]
+            if name in self.skipped:
+                continue
+            if owner is None:
+                self.skipped[name] = "never ran during calibration"
+            elif owner not in moments:
+                self.skipped[name] = "saw padding only"
+            else:
+                result.moments[name] = moments[owner]
+                result.rows[name] = sum(rows[name] for rows, _ in totals)
+                result.calls[name] = sum(calls[name] for _, calls in totals)
+        result.tokens = max((m.tokens for m in moments.values()), default=0)
+        return result
+
+
+def _moments(name: str, sums: InputStatistics) -> Moments:
+    try:
+        return sums.finish()
+    except InvalidValue as error:
+        do = "convert changes no value: mend the data or the model"
+        raise InvalidValue(f"input of layer {name!r}", str(error), do) from error
+
+
+def _warn_of_few_tokens(result: Calibration) -> None:
+    few = {name: m for name, m in result.moments.items() if m.shrunk}
+    if few:
+        name = min(few, key=lambda n: few[n].tokens / len(few[n].mean))
+        more = f" and {len(few) - 1} other layers" if len(few) > 1 else ""
+        warnings.warn(
+            f"layer {name!r}{more} saw {few[name].tokens} valid tokens for "
+            f"{len(few[name].mean)} input features, fewer than two for each: its "
+            "statistics were shrunk. Give more calibration data",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def count_macs(
+    model: nn.Module, batch: Any, targets: Sequence[Target]
+) -> tuple[int, dict[str, int]]:
+    """Multiply-adds of one batch: of the whole model, and of each layer.
+
+    Counted by the formulas of ``torch.utils.flop_counter``: matrix products,
+    convolutions and attention, nothing elementwise. Attention runs as plain products
+    meanwhile: there is no formula for the fused kernel of the CPU.
+    """
+    own = dict.fromkeys((target.name for target in targets), 0)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for target in targets:
+
+            def look(_: Any, args: tuple, kwargs: dict, target: Target = target) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                own[target.name] += x.numel() * target.out_features
+
+            handle = target.module.register_forward_pre_hook(look, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        counter = stack.enter_context(_Counter())
+        run(model, batch)
+    return counter.flops // 2, own
+
+
+class _Counter(TorchDispatchMode):
+    """What FlopCounterMode counts, without the compiler that it loads, 4 seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry
+
+        self.formulas, self.flops = flop_registry, 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def gathered(value: Any) -> list[Any]:
+    """One value from each process of the default group, or only one's own."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call that turns a model's linear layers into one family of budgets.
+
+Find the layers, take the moments of their inputs, factorise, weigh their errors by
+what the output minds, choose a rank and a form for each layer and level, build the
+new layers, and only then swap them in. Whatever fails before leaves the model, its
+hooks and its flags as they were.
+
+A layer's cost counts as often as it ran on the calibration data, so a pooler that
+runs once for each sentence is not paid for as if it ran for each token. Under a
+process group every process takes the choices of the first, with the mean of all
+weights, so that all hold the same family.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from loraven.allocate import allocate
+from loraven.batches import Output, TokenMask, check_iterable
+from loraven.calibrate import Calibration, calibrate, count_macs, gathered
+from loraven.checks import integer
+from loraven.eligible import Target, find_targets
+from loraven.factorize import Factors, Pivots, output_pca, pivot
+from loraven.family import Family, install, is_converted
+from loraven.forms import Choice, choices, cost_function, form_macs
+from loraven.nested import NestedLinear, Plan
+from loraven.sensitivity import sensitivities
+from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
+from torchworks_core.errors import InvalidValue, NotReady
+
+__all__ = ["convert"]
+
+_MAX_LEVELS = 7
+_COSTS = ("macs", "latency", "energy")
+Cost = str | Callable[[int, int, int, str], float]
+
+
+class _Layer(NamedTuple):
+    """What is known of a layer before the levels are chosen."""
+
+    target: Target
+    factors: Factors
+    pivots: Pivots
+    choices: list[Choice]
+    # How often its cost counts.
+    times: int
+
+
+def convert(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    levels: Sequence[float] = (0.3, 0.5, 0.7, 1.0),
+    cost: Cost = "macs",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    min_features: int = 32,
+    sensitivity: bool = True,
+    output: Output = None,
+    token_mask: TokenMask = None,
+) -> ConversionSummary:
+    """Convert ``model`` in place, and leave it at its largest level.
+
+    Args:
+        model: any module. ``nn.Linear`` and transformers' ``Conv1D`` that own their
+            weight are converted; the summary says why others are not. It is run in
+            evaluation mode, on the device where it is.
+        calibration: a few hundred unlabelled inputs, in batches: a Tensor is passed
+            as ``model(x)``, a tuple as ``model(*x)``, a Mapping as ``model(**x)``.
+        levels: 1 to 7 budgets in (0, 1], as fractions of the dense cost of the
+            converted layers. At 1.0 every layer runs as before, to the last bit.
+        cost: "macs"; "latency", measured on this machine; "energy", an estimator's;
+            or a function (out, in, rank, form) -> positive number for one row.
+        include: shell patterns of the names to convert; None: all.
+        exclude: shell patterns of the names to leave alone.
+        min_features: smaller layers are left alone.
+        sensitivity: weigh layers by what the model's output minds, which takes one
+            run over at most 96 examples for each layer; False: by their own
+            relative error, which is quick and much worse.
+        output: picks the tensor that quality is judged by; None: the output itself,
+            ``logits``, ``last_hidden_state``, or the first Tensor.
+        token_mask: gives for a batch the mask of its valid positions, in the layout
+            of the layers' inputs; None: ``attention_mask`` of a Mapping. Padding
+            enters no statistics.
+
+    Returns:
+        The summary; ``print`` shows it as a table.
+
+    Raises:
+        InvalidValue: nothing can be converted, the calibration is empty or not
+            finite, a level can't be reached, the model is converted already. The
+            model is then as it was.
+        TypeError: an argument is of a wrong type.
+        NotReady: another process of the group failed.
+
+    Example:
+        >>> import torch, loraven
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
+        >>> data = [torch.randn(256, 64)]
+        >>> before = model(data[0])
+        >>> summary = loraven.convert(model, data, levels=(0.3, 0.5, 1.0))
+        >>> torch.equal(model(data[0]), before)
+        True
+        >>> loraven.set_budget(model, 0.5)
+        0.5
+        >>> summary.levels[0.5].cost_fraction <= 0.5
+        True
+    """
+    begin = time.perf_counter()
+    ordered = check_levels(levels)
+    _check(model, cost, include, exclude, min_features)
+    _check_functions(output=output, token_mask=token_mask)
+    check_iterable(calibration, "calibration")
+    targets, skipped = find_targets(model, include, exclude, min_features)
+    _require(targets, skipped)
+    found = calibrate(model, calibration, targets, token_mask)
+    targets = [target for target in targets if target.name in found.moments]
+    skipped |= found.skipped
+    _require(targets, skipped)
+    judge = {"output": output, "token_mask": token_mask} if sensitivity else None
+    layers, plans = _plan(model, targets, found, ordered, cost, judge)
+    modules = tuple(
+        NestedLinear(
+            layer.target.module,
+            layer.factors,
+            layer.pivots,
+            [Plan(choice.rank, choice.form) for choice in plan],
+            transposed=layer.target.transposed,
+        )
+        for layer, plan in zip(layers, plans, strict=True)
+    )
+    summary = ConversionSummary(
+        layers=tuple(_describe(*both, ordered) for both in zip(layers, plans)),
+        skipped=skipped,
+        levels=_describe_levels(model, found, layers, plans, ordered),
+        tokens=found.tokens,
+        seconds=time.perf_counter() - begin,
+        cost=cost if isinstance(cost, str) else getattr(cost, "__name__", "cost"),
+        resident_bytes=sum(module.resident_bytes for module in modules),
+    )
+    names = tuple(target.name for target in targets)
+    family = Family(names, modules, ordered, summary)
+    family.set_level(len(ordered) - 1)
+    install(model, family)
+    return summary
+
+
+def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
+    """The levels in ascending order, as floats.
+
+    Raises:
+        TypeError: they are no numbers.
+        InvalidValue: none or more than 7, outside (0, 1], or one twice.
+
+    Example:
+        >>> check_levels([1, 0.5])
+        (0.5, 1.0)
+    """
+    try:
+        found = tuple(sorted(float(level) for level in levels))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"levels={levels!r}: numbers in (0, 1] are needed") from error
+    if not 1 <= len(found) <= _MAX_LEVELS:
+        do = f"Give 1 to {_MAX_LEVELS}: a compiler builds a graph for each"
+        raise InvalidValue(f"levels={levels!r}", f"{len(found)} levels", do)
+    if not all(0 < level <= 1 for level in found):
+        why = "a level is a fraction of the dense cost"
+        raise InvalidValue(f"levels={levels!r}", why, "Give numbers in (0, 1]")
+    if len(set(found)) < len(found):
+        raise InvalidValue(f"levels={levels!r}", "one is there twice")
+    return found
+
+
+def _check(
+    model: nn.Module,
+    cost: Cost,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    min_features: int,
+) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a torch Module, not a {kind}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        do = "Convert the module first, then wrap it"
+        raise InvalidValue(kind, "its gradients are tied to its parameters", do)
+    if is_converted(model):
+        raise InvalidValue(kind, "already converted", "Call loraven.revert first")
+    for name, value in (("include", include), ("exclude", exclude)):
+        texts = None if isinstance(value, str) else value or ()
+        if texts is None or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{name}={value!r}: a list of shell patterns is needed")
+    integer("min_features", min_features)
+    if not isinstance(cost, str) and not callable(cost):
+        raise TypeError(f"cost={cost!r}: a name or a function is needed")
+    if isinstance(cost, str) and cost not in _COSTS:
+        do = f"Give one of {', '.join(map(repr, _COSTS))}, or a function"
+        raise InvalidValue(f"cost={cost!r}", "unknown", do)
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name}={value!r}: a function or None is needed")
+
+
+def _require(targets: Sequence[Target], skipped: dict[str, str]) -> None:
+    if not targets:
+        reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
+        why = reasons or "it has no linear layer"
+        raise InvalidValue("no layer of the model can be converted", why)
+
+
+def _plan(
+    model: nn.Module,
+    targets: Sequence[Target],
+    found: Calibration,
+    levels: tuple[float, ...],
+    cost: Cost,
+    judge: dict[str, Any] | None,
+) -> tuple[list[_Layer], list[list[Choice]]]:
+    """Layers with their factors, and for each of them one choice for each level."""
+    error, layers, weights = None, [], []
+    try:
+        layers = _factorise(targets, found, cost)
+        weights = _weigh(model, layers, found, judge)
+    except Exception as problem:
+        error = problem
+    tables = [layer.choices for layer in layers]
+    everyone = gathered((None if error is None else repr(error), weights, tables))
+    if error is not None:
+        raise error
+    for rank, (problem, _, _) in enumerate(everyone):
+        if problem is not None:
+            raise NotReady(f"conversion in process {rank}", problem)
+    # The first process decides where rounding or measuring could differ.
+    layers = [
+        layer._replace(choices=[Choice(*choice) for choice in table])
+        for layer, table in zip(layers, everyone[0][2], strict=True)
+    ]
+    mean = [sum(w) / len(everyone) for w in zip(*(e[1] for e in everyone), strict=True)]
+    return layers, _choose(layers, mean, levels)
+
+
+def _factorise(
+    targets: Sequence[Target], found: Calibration, cost: Cost
+) -> list[_Layer]:
+    shared = None if cost == "latency" else cost_function(cost)
+    tables: dict[tuple, Any] = {}
+    layers = []
+    for target in targets:
+        name, weight = target.name, target.matrix()
+        bias = target.module._parameters.get("bias")
+        factors = output_pca(weight, bias, found.moments[name])
+        pivots = pivot(factors.up)
+        price, times = shared, found.rows[name]
+        if price is None:
+            times = found.calls[name]
+            rows = max(1, round(found.rows[name] / times))
+            key = (rows, weight.dtype, weight.device)
+            if key not in tables:
+                options = {"dtype": weight.dtype, "device": weight.device}
+                tables[key] = cost_function("latency", rows=rows, **options)
+            price = tables[key]
+        options = choices(
+            factors,
+            pivots,
+            target.out_features,
+            target.in_features,
+            multiple=16 if weight.is_cuda else 8,
+            cost=price,
+        )
+        layers.append(_Layer(target, factors, pivots, options, times))
+    return layers
+
+
+def _weigh(
+    model: nn.Module,
+    layers: Sequence[_Layer],
+    found: Calibration,
+    judge: dict[str, Any] | None,
+) -> list[float]:
+    """What one unit of each layer's error energy costs."""
+    if judge is None:
+        return [1 / layer.factors.energy if layer.factors.energy else 0.0 for layer in layers]
+    targets = [layer.target for layer in layers]
+    factors = {layer.target.name: layer.factors for layer in layers}
+    weights = sensitivities(model, found.examples, targets, factors, **judge)
+    return [weights[target.name] for target in targets]
+
+
+def _choose(
+    layers: Sequence[_Layer], weights: Sequence[float], levels: tuple[float, ...]
+) -> list[list[Choice]]:
+    costs = [[c.cost * layer.times for c in layer.choices] for layer in layers]
+    losses = []
+    for layer, weight in zip(layers, weights, strict=True):
+        tail = layer.factors.tail
+        left = [weight * float(tail[choice.rank]) for choice in layer.choices[:-1]]
+        losses.append([*left, 0.0])
+    dense = sum(cost[-1] for cost in costs)
+    picked = allocate(costs, losses, dense, levels)
+    return [
+        [layer.choices[level[number]] for level in picked]
+        for number, layer in enumerate(layers)
+    ]
+
+
+def _describe(
+    layer: _Layer, plan: Sequence[Choice], levels: tuple[float, ...]
+) -> LayerSummary:
+    tail, energy = layer.factors.tail, layer.factors.energy
+    errors = [
+        0.0 if choice.form == "dense" or not energy else float(tail[choice.rank]) / energy
+        for choice in plan
+    ]
+    return LayerSummary(
+        name=layer.target.name,
+        in_features=layer.target.in_features,
+        out_features=layer.target.out_features,
+        ranks={level: choice.rank for level, choice in zip(levels, plan, strict=True)},
+        forms={level: choice.form for level, choice in zip(levels, plan, strict=True)},
+        expected_error=dict(zip(levels, errors, strict=True)),
+    )
+
+
+def _describe_levels(
+    model: nn.Module,
+    found: Calibration,
+    layers: Sequence[_Layer],
+    plans: Sequence[Sequence[Choice]],
+    levels: tuple[float, ...],
+) -> dict[float, LevelSummary]:
+    targets = [layer.target for layer in layers]
+    total, own = count_macs(model, found.examples[0], targets)
+    dense = sum(layer.choices[-1].cost * layer.times for layer in layers)
+    result = {}
+    for number, level in enumerate(levels):
+        spent = saved = size = 0
+        for layer, plan in zip(layers, plans, strict=True):
+            target, choice = layer.target, plan[number]
+            sides = target.out_features, target.in_features
+            full, macs = sides[0] * sides[1], form_macs(*sides, choice.rank, choice.form)
+            spent += choice.cost * layer.times
+            saved += own[target.name] // full * (full - macs)
+            # A form has as many weights as multiply-adds for one row.
+            size += (macs + biases(target, choice)) * target.module.weight.itemsize
+        fraction = (total - saved) / total if total else 1.0
+        result[level] = LevelSummary(spent / dense, fraction, size)
+    return result
+
+
+def biases(target: Target, choice: Choice) -> int:
+    """How many numbers a form of a layer has beside its weights, order apart."""
+    if choice.form == "dense":
+        return target.out_features if target.module.bias is not None else 0
+    return target.out_features + (choice.rank if choice.form == "prefix" else 0)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A converted model as a family of budgets: choose one, share it, take it back.
+
+What belongs to a conversion stands in one plain attribute of the model, so that
+deepcopy and pickle carry it along and a budget is found without a search. A twin
+at another budget is a copy of the module tree that shares every tensor: budgets are
+integers in the modules, so two twins in two threads don't disturb each other.
+"""
+
+import copy
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from loraven.checks import number
+from loraven.nested import NestedLinear
+from loraven.summary import ConversionSummary
+from torchworks_core.errors import InvalidValue, NotReady
+
+__all__ = ["at_budget", "get_budget", "revert", "set_budget"]
+
+_KEY = "_loraven"
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The converted layers of one model.
+
+    Attributes:
+        names: their qualified names.
+        modules: the layers themselves.
+        levels: ascending, in (0, 1]; a layer's own number of a level is the index.
+        summary: what the conversion returned.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[NestedLinear, ...]
+    levels: tuple[float, ...]
+    summary: ConversionSummary
+
+    def index(self, budget: float) -> int:
+        """The largest level that ``budget`` pays for."""
+        value = number("budget", budget, 0.0, 1.0, above=True)
+        found = bisect_right(self.levels, value) - 1
+        if found < 0:
+            listed = ", ".join(map(repr, self.levels))
+            why = "it is below the smallest level"
+            raise InvalidValue(f"budget={value!r}", why, f"The levels are {listed}")
+        return found
+
+    def set_level(self, index: int) -> None:
+        """Put every layer on one level; ``len(levels)`` is the dense form."""
+        for module in self.modules:
+            module.level = index
+
+
+def install(model: nn.Module, family: Family) -> None:
+    """Replace the originals by ``family.modules``, all of them or none."""
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for name, module in zip(family.names, family.modules, strict=True):
+            parent, key = _place(model, name)
+            done.append((parent, key, parent._modules[key]))
+            share_hooks(parent._modules[key], module)
+            parent._modules[key] = module
+        vars(model)[_KEY] = family
+    except BaseException:
+        for parent, key, original in reversed(done):
+            parent._modules[key] = original
+        vars(model).pop(_KEY, None)
+        raise
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, key = name.rpartition(".")
+    return model.get_submodule(parent), key
+
+
+def share_hooks(original: nn.Module, module: nn.Module) -> None:
+    """One set of hooks for both: they fire, and their handles remove them, in both."""
+    for name in _HOOKS:
+        vars(module)[name] = vars(original)[name]
+    module._is_full_backward_hook = original._is_full_backward_hook
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether any part of the model is a converted layer."""
+    return any(isinstance(module, NestedLinear) for module in model.modules())
+
+
+def find_family(model: nn.Module) -> tuple[nn.Module, Family]:
+    """The converted model in ``model``, itself or inside of a wrapper.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        NotReady: it was not converted.
+        InvalidValue: it has several parts that were converted one by one.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a torch Module, not a {type(model).__name__}")
+    if _KEY in vars(model):
+        return model, vars(model)[_KEY]
+    found = [part for part in model.modules() if _KEY in vars(part)]
+    if not found:
+        do = "Call loraven.convert or loraven.load first"
+        raise NotReady(type(model).__name__, "it was not converted", do)
+    if len(found) > 1:
+        why = f"{len(found)} parts of it were converted one by one"
+        raise InvalidValue(type(model).__name__, why, "Call this for each part")
+    return found[0], vars(found[0])[_KEY]
+
+
+def set_budget(model: nn.Module, budget: float) -> float:
+    """Put a converted model on the largest level that a budget pays for.
+
+    One integer is written for each layer; nothing is computed or copied.
+
+    Args:
+        model: from `loraven.convert`, or a wrapper around it.
+        budget: fraction of the converted layers' dense cost, in (0, 1].
+
+    Returns:
+        The level.
+
+    Raises:
+        InvalidValue: the budget is below the smallest level, or no fraction.
+        NotReady: the model was not converted.
+
+    Example:
+        >>> import torch, loraven
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> data = [torch.randn(256, 64)]
+        >>> summary = loraven.convert(model, data, levels=(0.3, 0.6, 1.0))
+        >>> loraven.set_budget(model, 0.7), loraven.get_budget(model)
+        (0.6, 0.6)
+    """
+    family = find_family(model)[1]
+    index = family.index(budget)
+    family.set_level(index)
+    return family.levels[index]
+
+
+def get_budget(model: nn.Module) -> float:
+    """The level that a converted model is on.
+
+    Raises:
+        NotReady: the model was not converted.
+    """
+    family = find_family(model)[1]
+    return (*family.levels, 1.0)[family.modules[0].level]
+
+
+def at_budget(model: nn.Module, budget: float) -> nn.Module:
+    """A second model with a budget of its own that shares every tensor.
+
+    Use one for each thread. Training one trains both.
+
+    Args:
+        model: from `loraven.convert`.
+        budget: as for `set_budget`.
+
+    Returns:
+        A copy of the module tree on its level; ``model`` stays as it is.
+
+    Raises:
+        InvalidValue: the budget is below the smallest level, or no fraction.
+        NotReady: the model was not converted.
+
+    Example:
+        >>> import torch, loraven
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> summary = loraven.convert(model, [torch.randn(256, 64)])
+        >>> small = loraven.at_budget(model, 0.3)
+        >>> small[0].weight is model[0].weight
+        True
+        >>> loraven.get_budget(small), loraven.get_budget(model)
+        (0.3, 1.0)
+    """
+    return at_level(model, find_family(model)[1].index(budget))
+
+
+def at_level(model: nn.Module, index: int) -> nn.Module:
+    """`at_budget` by the number of a level; ``len(levels)`` is the dense form."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        memo |= {id(tensor): tensor for tensor in _tensors(vars(module))}
+    twin = copy.deepcopy(model, memo)
+    find_family(twin)[1].set_level(index)
+    return twin
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in an attribute, registered or not."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Put the original layers back: the same objects with the same hooks.
+
+    Args:
+        model: from `loraven.convert`.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        NotReady: the model was not converted.
+
+    Example:
+        >>> import torch, loraven
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> model = torch.nn.Sequential(layer)
+        >>> summary = loraven.convert(model, [torch.randn(256, 64)])
+        >>> model[0] is layer, loraven.revert(model)[0] is layer
+        (False, True)
+    """
+    root, family = find_family(model)
+    for name, module in zip(family.names, family.modules, strict=True):
+        parent, key = _place(root, name)
+        original = module.original
+        original.training = module.training
+        original._is_full_backward_hook = module._is_full_backward_hook
+        parent._modules[key] = original
+    del vars(root)[_KEY]
+    return model

@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three ways to run a linear map, what each costs, and which a layer may choose.
+
+dense: the original weight, out * in multiply-accumulates for each row.
+prefix: the first r rows of two factors, r * (in + out).
+gauge: r outputs, and the others from those, r * (in + out - r), never above dense.
+
+Decisions, each measured on one core in float32 (384, 1024 and 1536 features):
+- With 16 rows or more the first product is computed transposed, weight @ x.T: the
+  prefix form takes 0.6 to 0.8 of the time at 16 rows, and no more at 512.
+- The outputs are put in order by one ``index_select``; with
+  ``contiguous=False`` on whole rows of the transposed output, which is then
+  returned as a view. Advanced indexing took up to twice as long.
+- A compiler gets the plain expressions without a branch on the number of rows.
+- Latencies are measured, not derived from counts, and a layer stays dense wherever
+  a reduced form is not 3 % faster.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loraven.factorize import Factors, Pivots
+from torchworks_core.errors import InvalidValue
+
+__all__ = [
+    "FORMS",
+    "Choice",
+    "LatencyTable",
+    "choices",
+    "cost_function",
+    "form_macs",
+    "gauge_is_safe",
+    "plain_gauge",
+    "run_dense",
+    "run_gauge",
+    "run_prefix",
+    "safe_ranks",
+]
+
+FORMS = ("dense", "prefix", "gauge")
+Cost = Callable[[int, int, int, str], float]
+_Whole = Callable[[int, int, int, str], int]
+_MANY_ROWS = 16
+# Largest interpolation weight, and largest deviation in float32, of a gauge form.
+_MAX_WEIGHT, _MAX_DEVIATION = 100.0, 1e-4
+_PICOJOULES = 1e9
+_MARGIN = 0.03
+
+
+def form_macs(out: int, in_: int, rank: int, form: str) -> int:
+    """Multiply-accumulates of one row, which is also the number of weights.
+
+    Raises:
+        InvalidValue: an unknown form.
+
+    Example:
+        >>> [form_macs(64, 64, 16, form) for form in FORMS]
+        [4096, 2048, 1792]
+    """
+    if form == "dense":
+        return out * in_
+    if form == "prefix":
+        return rank * (out + in_)
+    if form == "gauge":
+        return rank * (out + in_ - rank)
+    raise InvalidValue(f"form={form!r}", "unknown", f"Give one of {', '.join(FORMS)}")
+
+
+def run_dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """The original layer: the same operations, so the same bits.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), or (in, out) when transposed.
+        bias: (out,) or None.
+        transposed: the weight is that of transformers' ``Conv1D``.
+
+    Returns:
+        (..., out).
+    """
+    if not transposed:
+        return linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def run_prefix(
+    x: Tensor, down: Tensor, down_bias: Tensor, up_t: Tensor, up_bias: Tensor
+) -> Tensor:
+    """Two factors: ``(x @ down.T + down_bias) @ up_t.T + up_bias``.
+
+    Args:
+        x: (..., in).
+        down: (r, in).
+        down_bias: (r,).
+        up_t: (out, r); best the transpose of a contiguous (r, out).
+        up_bias: (out,).
+
+    Returns:
+        (..., out), contiguous.
+    """
+    if not x.is_cpu or x.numel() < _MANY_ROWS * down.shape[1]:
+        return linear(linear(x, down, down_bias), up_t, up_bias)
+    z = torch.addmm(down_bias[:, None], down, x.flatten(0, -2).t())
+    y = torch.addmm(up_bias, z.t(), up_t.t())
+    return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
+
+
+def plain_gauge(
+    x: Tensor,
+    skeleton: Tensor,
+    skeleton_bias: Tensor,
+    interpolation: Tensor,
+    interpolation_bias: Tensor,
+    inverse: Tensor,
+) -> Tensor:
+    """`run_gauge` without a branch on the number of rows."""
+    y = linear(x, skeleton, skeleton_bias)
+    y = torch.cat([y, linear(y, interpolation, interpolation_bias)], -1)
+    return y.index_select(-1, inverse)
+
+
+def run_gauge(
+    x: Tensor,
+    skeleton: Tensor,
+    skeleton_bias: Tensor,
+    interpolation: Tensor,
+    interpolation_bias: Tensor,
+    inverse: Tensor,
+    contiguous: bool = True,
+) -> Tensor:
+    """R outputs from x, the others from those, then into their order.
+
+    Args:
+        x: (..., in).
+        skeleton: (r, in).
+        skeleton_bias: (r,).
+        interpolation: (out - r, r).
+        interpolation_bias: (out - r,).
+        inverse: (out,) int64, where each output stands in the order of the pivots.
+        contiguous: False: from 16 rows on, a view with strides (1, rows), which is
+            cheaper, but ``y.view(-1)`` raises on it.
+
+    Returns:
+        (..., out).
+    """
+    many = x.numel() >= _MANY_ROWS * skeleton.shape[1]
+    if not many or (contiguous and not x.is_cpu):
+        weights = skeleton, skeleton_bias, interpolation, interpolation_bias
+        return plain_gauge(x, *weights, inverse)
+    y = torch.addmm(skeleton_bias[:, None], skeleton, x.flatten(0, -2).t())
+    if contiguous:
+        y = y.t().contiguous()
+        y = torch.cat([y, linear(y, interpolation, interpolation_bias)], 1)
+        y = y.index_select(1, inverse)
+    else:
+        rest = torch.addmm(interpolation_bias[:, None], interpolation, y)
+        y = torch.cat([y, rest]).index_select(0, inverse).t()
+    return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def safe_ranks(down: Tensor, pivots: Pivots, ranks: Sequence[int]) -> dict[int, bool]:
+    """At which ranks the gauge form is as good as the prefix form in float32.
+
+    A rank is refused when an interpolation weight exceeds 100, or when on random
+    inputs the output deviates by more than 1e-4 (relative, Frobenius) once the
+    skeleton's output and the interpolation are rounded to float32.
+
+    Args:
+        down: (R, in), of the prefix form.
+        pivots: `loraven.factorize.pivot` of its other factor.
+        ranks: Each from 1 to R.
+
+    Example:
+        >>> import torch
+        >>> from loraven.factorize import Moments, output_pca, pivot
+        >>> moments = Moments(torch.zeros(8), torch.eye(8), 100, False)
+        >>> factors = output_pca(torch.randn(8, 8), None, moments)
+        >>> safe_ranks(factors.down, pivot(factors.up), [2, 4])
+        {2: True, 4: True}
+    """
+    if bad := [rank for rank in ranks if not 1 <= rank <= len(down)]:
+        raise InvalidValue(f"rank={bad[0]}", f"the factors allow 1 to {len(down)}")
+    lower = pivots.lower
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn(down.shape[1], 8, generator=generator).to(lower)
+    z = down.detach().to(lower) @ x
+    weights, done, found = lower[:, :0], 0, {}
+    for rank in sorted(set(ranks)):
+        # From one rank to the next by block elimination: all ranks together cost
+        # no more than the largest one alone.
+        block = torch.linalg.solve_triangular(
+            lower[done:rank, done:rank],
+            lower[rank:, done:rank],
+            upper=False,
+            left=False,
+            unitriangular=True,
+        )
+        head, weights = weights[: rank - done], weights[rank - done :]
+        weights, done = torch.cat([weights - block @ head, block], 1), rank
+        exact = lower[:, :rank] @ (pivots.upper[:rank, :rank] @ z[:rank])
+        found[rank] = _agrees(weights, exact, rank)
+    return found
+
+
+def _agrees(weights: Tensor, exact: Tensor, rank: int) -> bool:
+    """Whether interpolation from the first outputs, in float32, gives the others."""
+    if weights.numel() and not weights.abs().max() <= _MAX_WEIGHT:
+        return False
+    skeleton = exact[:rank].float()
+    got = torch.cat([skeleton, weights.float() @ skeleton])
+    return bool((got - exact).norm() <= _MAX_DEVIATION * exact.norm())
+
+
+def gauge_is_safe(factors: Factors, pivots: Pivots, rank: int) -> bool:
+    """`safe_ranks` of one rank."""
+    return safe_ranks(factors.down, pivots, [rank])[rank]
+
+
+class Choice(NamedTuple):
+    """One way to run a layer.
+
+    Attributes:
+        rank: Of the reduced map; min(in, out) for the dense form.
+        form: "dense", "prefix" or "gauge".
+        cost: Of one row, an integer in the unit of the cost that was asked for.
+    """
+
+    rank: int
+    form: str
+    cost: int
+
+
+def choices(
+    factors: Factors,
+    pivots: Pivots,
+    out: int,
+    in_: int,
+    *,
+    multiple: int = 8,
+    cost: str | Cost = "macs",
+) -> list[Choice]:
+    """The ways to run a layer that are worth running.
+
+    Args:
+        factors: From `loraven.factorize.output_pca`.
+        pivots: `loraven.factorize.pivot` of ``factors.up``.
+        out: Outputs of the layer.
+        in_: Its inputs.
+        multiple: Ranks are multiples of it.
+        cost: "macs", "energy", or what `cost_function` returned for all layers.
+
+    Returns:
+        Costs and ranks strictly ascending, the dense form last. Reduced forms are
+        there if they are cheaper than dense (by 3 % where latency is measured) and
+        no other form of at least their rank costs as little; unsafe gauge forms
+        are not.
+
+    Raises:
+        InvalidValue: an unknown cost, or one that is not a positive integer.
+
+    Example:
+        >>> import torch
+        >>> from loraven.factorize import Moments, output_pca, pivot
+        >>> moments = Moments(torch.zeros(32), torch.eye(32), 100, False)
+        >>> factors = output_pca(torch.randn(32, 32), None, moments)
+        >>> found = choices(factors, pivot(factors.up), 32, 32, multiple=16)
+        >>> [tuple(choice) for choice in found]
+        [(16, 'gauge', 768), (32, 'dense', 1024)]
+    """
+    price = cost_function(cost)
+    dense = Choice(min(out, in_), "dense", _priced(price, out, in_, 0, "dense"))
+    limit = dense.cost * (1 - getattr(price, "margin", 0.0))
+    found: dict[str, list[Choice]] = {}
+    for form in ("prefix", "gauge"):
+        every = [
+            Choice(rank, form, _priced(price, out, in_, rank, form))
+            for rank in range(multiple, factors.rank + 1, multiple)
+        ]
+        found[form] = [choice for choice in every if choice.cost < limit]
+    safe = safe_ranks(factors.down, pivots, [choice.rank for choice in found["gauge"]])
+    gauge = [choice for choice in found["gauge"] if safe[choice.rank]]
+    kept: list[Choice] = []
+    for choice in sorted(found["prefix"] + gauge, key=lambda c: (c.cost, -c.rank)):
+        if not kept or choice.rank > kept[-1].rank:
+            kept.append(choice)
+    return [*kept, dense]
+
+
+def _priced(price: _Whole, out: int, in_: int, rank: int, form: str) -> int:
+    found = price(out, in_, rank or min(out, in_), form)
+    if not isinstance(found, int) or found < 1:
+        what = f"cost {found!r} of a {out} x {in_} layer, rank {rank}, {form}"
+        why, do = "a positive integer is needed", "Pass the cost through cost_function"
+        raise InvalidValue(what, why, do)
+    return found
+
+
+def cost_function(
+    cost: str | Cost,
+    *,
+    rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> _Whole:
+    """Turn a kind of cost into a function (out, in, rank, form) -> int.
+
+    Call it once for all layers: the integers of one function can be added up.
+
+    Args:
+        cost: "macs": multiply-accumulates of one row. "latency": `LatencyTable`,
+            nanoseconds of ``rows`` rows. "energy": picojoules of one row by the
+            nominal `loraven.energy.EnergyEstimator`. Or a function of the four that
+            returns a positive number; it is scaled by one power of two, fixed at
+            the first call, and rounded up (dense: down).
+        rows: Needed for "latency": how many rows a forward has.
+        dtype: For "latency".
+        device: For "latency".
+
+    Raises:
+        InvalidValue: an unknown kind, or "latency" without rows.
+
+    Example:
+        >>> cost_function("macs")(64, 64, 16, "gauge")
+        1792
+        >>> half = cost_function(lambda out, in_, rank, form: 0.5)
+        >>> half(64, 64, 64, "dense") == half(64, 64, 16, "prefix")
+        True
+    """
+    if callable(cost):
+        whole = isinstance(cost, (LatencyTable, _Integers))
+        whole = whole or cost in (form_macs, _energy)
+        return cast(_Whole, cost) if whole else _Integers(cost)
+    if cost == "macs":
+        return form_macs
+    if cost == "energy":
+        return _energy
+    if cost == "latency" and rows is not None:
+        return LatencyTable(rows, dtype, device)
+    why = "latency needs rows" if cost == "latency" else "unknown"
+    do = "Give 'macs', 'latency' (with rows), 'energy' or a function"
+    raise InvalidValue(f"cost={cost!r}", why, do)
+
+
+def _energy(out: int, in_: int, rank: int, form: str) -> int:
+    """Picojoules of one row of the two-factor layer with as many weights."""
+    from loraven.energy import EnergyEstimator, get_default_hardware_profile
+
+    estimate = EnergyEstimator(get_default_hardware_profile()).estimate
+    equal = form_macs(out, in_, rank, form) / (out + in_)
+    whole = max(1, math.floor(equal))
+    low, high = estimate((in_, out), whole), estimate((in_, out), whole + 1)
+    return round((low + (high - low) * (equal - whole)) * _PICOJOULES)
+
+
+class _Integers:
+    """A user's cost as integers that share one scale."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self.scale: float | None = None
+
+    def __call__(self, out: int, in_: int, rank: int, form: str) -> int:
+        found = self.cost(out, in_, rank, form)
+        if not 0 < found < math.inf:
+            what = f"cost {found!r} of a {out} x {in_} layer, rank {rank}, {form}"
+            raise InvalidValue(what, "it is not a positive finite number")
+        if self.scale is None:
+            # The first layer is worth about 2**36, so 2**17 such layers fit 53 bits.
+            self.scale = 2.0 ** (36 - math.frexp(float(found))[1])
+        scaled = float(found) * self.scale
+        return math.floor(scaled) if form == "dense" else math.ceil(scaled)
+
+
+class LatencyTable:
+    """Measured nanoseconds of each form, asked as (out, in, rank, form).
+
+    For each new (out, in), 8 ranks of both reduced forms and the dense form run in
+    turns on random numbers; the minimum of the repeats counts. Times between two
+    ranks are interpolated and never fall as the rank rises.
+
+    Args:
+        rows: Rows of one forward, >= 1.
+        dtype: Of inputs and weights.
+        device: Where to measure.
+        repeats: >= 1.
+        contiguous: As for `run_gauge`.
+
+    Attributes:
+        margin: Share by which a reduced form must beat dense, 0.03.
+
+    Raises:
+        InvalidValue: rows or repeats below 1.
+
+    Example:
+        >>> table = LatencyTable(rows=4, repeats=2)
+        >>> table(64, 64, 16, "prefix") > 0
+        True
+    """
+
+    margin = _MARGIN
+
+    def __init__(
+        self,
+        rows: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        *,
+        repeats: int = 20,
+        contiguous: bool = True,
+    ) -> None:
+        if rows < 1 or repeats < 1:
+            raise InvalidValue(f"rows={rows}, repeats={repeats}", "below 1")
+        self.rows, self.repeats, self.contiguous = rows, repeats, contiguous
+        self._options = {"dtype": dtype, "device": torch.device(device)}
+        self._measured: dict[tuple[int, int], dict[str, list[tuple[int, int]]]] = {}
+
+    def __call__(self, out: int, in_: int, rank: int, form: str) -> int:
+        """Nanoseconds of one forward of all rows."""
+        form_macs(out, in_, rank, form)
+        if (out, in_) not in self._measured:
+            self._measured[out, in_] = self._measure(out, in_)
+        nodes = self._measured[out, in_][form]
+        below = max((node for node in nodes if node[0] <= rank), default=nodes[0])
+        above = min((node for node in nodes if node[0] >= rank), default=nodes[-1])
+        if below[0] >= above[0]:
+            return below[1]
+        share = (rank - below[0]) / (above[0] - below[0])
+        return math.ceil(below[1] + share * (above[1] - below[1]))
+
+    @torch.no_grad()
+    def _measure(self, out: int, in_: int) -> dict[str, list[tuple[int, int]]]:
+        full = min(out, in_)
+        ranks = sorted({max(1, full * part // 8) for part in range(1, 9)})
+        runs = {("dense", full): self._dense(out, in_)}
+        for rank in ranks:
+            runs["prefix", rank] = self._prefix(out, in_, rank)
+            runs["gauge", rank] = self._gauge(out, in_, rank)
+        best = dict.fromkeys(runs, math.inf)
+        for turn in range(self.repeats + 2):
+            for key, run in runs.items():
+                seconds = self._time(run)
+                if turn >= 2:
+                    best[key] = min(best[key], seconds)
+        found: dict[str, list[tuple[int, int]]] = {form: [] for form in FORMS}
+        for (form, rank), seconds in best.items():
+            before = found[form][-1][1] if found[form] else 1
+            found[form].append((rank, max(before, math.ceil(seconds * 1e9))))
+        return found
+
+    def _time(self, run: Callable[[], Tensor]) -> float:
+        device = self._options["device"]
+        wait = device.type != "cpu"
+        if wait:
+            torch.accelerator.synchronize(device)
+        begin = time.perf_counter()
+        run()
+        if wait:
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - begin
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, **self._options)
+
+    def _dense(self, out: int, in_: int) -> Callable[[], Tensor]:
+        x, weight, bias = (
+            self._random(*s) for s in ((self.rows, in_), (out, in_), (out,))
+        )
+        return lambda: linear(x, weight, bias)
+
+    def _prefix(self, out: int, in_: int, rank: int) -> Callable[[], Tensor]:
+        x, down, up = (
+            self._random(*s) for s in ((self.rows, in_), (rank, in_), (rank, out))
+        )
+        down_bias, up_bias = self._random(rank), self._random(out)
+        return lambda: run_prefix(x, down, down_bias, up.t(), up_bias)
+
+    def _gauge(self, out: int, in_: int, rank: int) -> Callable[[], Tensor]:
+        x, skeleton = self._random(self.rows, in_), self._random(rank, in_)
+        rest = self._random(out - rank, rank)
+        biases = self._random(rank), self._random(out - rank)
+        inverse = torch.randperm(out, device=self._options["device"])
+        arguments = skeleton, biases[0], rest, biases[1], inverse, self.contiguous
+        return lambda: run_gauge(x, *arguments)

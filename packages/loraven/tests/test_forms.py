@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
+
+from loraven.factorize import Moments, gauge_factors, output_pca, pivot
+from loraven.forms import (
+    FORMS,
+    Choice,
+    LatencyTable,
+    choices,
+    cost_function,
+    form_macs,
+    gauge_is_safe,
+    run_dense,
+    run_gauge,
+    run_prefix,
+    safe_ranks,
+)
+
+LEADS = [(), (1,), (15,), (16,), (64,), (3, 5), (4, 8), (0,), (2, 0), (2, 2, 5)]
+# The bound on the difference from float64, relative to the output's norm.
+LIMITS = {
+    torch.float64: 1e-13,
+    torch.float32: 3e-6,
+    torch.float16: 3e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+def factorised(out, in_, decay=-2.0):
+    weight = torch.randn(out, in_, dtype=torch.float64)
+    mix = torch.randn(in_, in_, dtype=torch.float64)
+    mix = mix * torch.logspace(0, decay, in_, dtype=torch.float64)
+    mean = torch.randn(in_, dtype=torch.float64)
+    moments = Moments(mean, mix @ mix.T, 10 * in_, False)
+    factors = output_pca(weight, torch.randn(out), moments)
+    return factors, pivot(factors.up)
+
+
+def exact(factors, rank, x):
+    """The map of that rank as one dense matrix, in float64."""
+    matrix = factors.up[:rank].T @ factors.down[:rank]
+    offset = factors.up[:rank].T @ factors.down_bias[:rank] + factors.up_bias
+    return x.double() @ matrix.T + offset
+
+
+def prefix_arguments(factors, rank, dtype):
+    down, bias = factors.down[:rank].to(dtype), factors.down_bias[:rank].to(dtype)
+    return down, bias, factors.up[:rank].to(dtype).t(), factors.up_bias.to(dtype)
+
+
+def gauge_arguments(factors, pivots, rank, dtype):
+    gauge = gauge_factors(factors, pivots, rank)
+    weights = [gauge.skeleton, gauge.skeleton_bias]
+    weights += [gauge.interpolation, gauge.interpolation_bias]
+    return [*(value.to(dtype) for value in weights), gauge.order.argsort()]
+
+
+@pytest.mark.parametrize("lead", LEADS)
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_every_form_is_the_map_at_every_number_of_rows(shape, dtype, lead):
+    factors, pivots = factorised(*shape)
+    x = torch.randn(*lead, shape[1]).to(dtype)
+    for rank in (1, 8, 24):
+        expected = exact(factors, rank, x)
+        arguments = gauge_arguments(factors, pivots, rank, dtype)
+        found = [
+            run_prefix(x, *prefix_arguments(factors, rank, dtype)),
+            run_gauge(x, *arguments),
+            run_gauge(x, *arguments, contiguous=False),
+        ]
+        for y in found:
+            assert (y.dtype, y.shape) == (dtype, expected.shape)
+            # Rounding is relative to the full output, whose norm this bounds.
+            size = expected.norm() + x.double().norm() * factors.energy**0.5
+            assert (y.double() - expected).norm() <= LIMITS[dtype] * size
+        assert found[0].is_contiguous()
+        assert found[1].is_contiguous()
+
+
+def test_a_view_is_returned_only_when_asked_for_and_can_be_an_input():
+    factors, pivots = factorised(40, 40)
+    arguments = gauge_arguments(factors, pivots, 8, torch.float64)
+    x = torch.randn(4, 8, 40, dtype=torch.float64)
+    y = run_gauge(x, *arguments, contiguous=False)
+    assert y.stride() == (8, 1, 32)
+    assert y.view(4, 8, 5, 8).shape == (4, 8, 5, 8)
+    prefix = prefix_arguments(factors, 8, torch.float64)
+    for run in (
+        lambda x: run_prefix(x, *prefix),
+        lambda x: run_gauge(x, *arguments),
+        lambda x: run_gauge(x, *arguments, contiguous=False),
+    ):
+        assert torch.allclose(run(y), exact(factors, 8, y), atol=1e-9)
+        half = y[:, ::2, :]
+        assert torch.allclose(run(half), exact(factors, 8, half), atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_gradients_pass_through_every_form(rows):
+    factors, pivots = factorised(12, 10)
+    x = torch.randn(rows, 10, dtype=torch.float64, requires_grad=True)
+    gauge = gauge_arguments(factors, pivots, 4, torch.float64)
+    prefix = prefix_arguments(factors, 4, torch.float64)
+    runs = [
+        lambda x: run_prefix(x, *prefix),
+        lambda x: run_gauge(x, *gauge),
+        lambda x: run_gauge(x, *gauge, contiguous=False),
+    ]
+    weight = torch.randn(rows, 12, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((exact(factors, 4, x) * weight).sum(), x)
+    for run in runs:
+        (got,) = torch.autograd.grad((run(x) * weight).sum(), x)
+        assert torch.allclose(got, expected, atol=1e-10)
+    assert torch.autograd.gradcheck(runs[0], x[:2])
+
+
+@pytest.mark.parametrize("rows", [7, 32])
+def test_macs_are_what_torch_counts(rows):
+    factors, pivots = factorised(24, 40)
+    x = torch.randn(rows, 40)
+    weight = torch.randn(24, 40)
+    for rank in (3, 8, 24):
+        gauge = gauge_arguments(factors, pivots, rank, torch.float32)
+        prefix = prefix_arguments(factors, rank, torch.float32)
+        runs = {
+            "dense": [lambda: run_dense(x, weight, None, False)],
+            "prefix": [lambda p=prefix: run_prefix(x, *p)],
+            "gauge": [
+                lambda g=gauge: run_gauge(x, *g),
+                lambda g=gauge: run_gauge(x, *g, contiguous=False),
+            ],
+        }
+        for form in FORMS:
+            for run in runs[form]:
+                with FlopCounterMode(display=False) as counter:
+                    run()
+                macs = form_macs(24, 40, rank, form)
+                assert counter.get_total_flops() == 2 * rows * macs
+
+
+@pytest.mark.parametrize("lead", LEADS)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_dense_is_bit_equal_to_linear_and_conv1d(dtype, lead):
+    x = torch.randn(*lead, 12).to(dtype)
+    for module in (torch.nn.Linear(12, 20), torch.nn.Linear(12, 20, bias=False)):
+        module = module.to(dtype)
+        assert torch.equal(run_dense(x, module.weight, module.bias, False), module(x))
+    conv = Conv1D(20, 12).to(dtype)
+    torch.nn.init.normal_(conv.bias)
+    assert torch.equal(run_dense(x, conv.weight, conv.bias, True), conv(x))
+    plain = run_dense(x, conv.weight, None, True)
+    assert torch.allclose(plain.float(), x.float() @ conv.weight.float(), atol=2e-2)
+
+
+def test_choices_are_those_of_brute_force():
+    factors, pivots = factorised(48, 32)
+    found = choices(factors, pivots, 48, 32, multiple=4)
+    ways = [(48 * 32, 32, "dense")]
+    for rank, form in itertools.product(range(4, 33, 4), ("prefix", "gauge")):
+        extra = 0 if form == "prefix" else rank
+        cost = rank * (48 + 32 - extra)
+        ways += [(cost, rank, form)] if cost < 48 * 32 else []
+    best = [
+        way
+        for way in ways
+        if not any(o is not way and o[0] <= way[0] and o[1] >= way[1] for o in ways)
+    ]
+    assert [(c.cost, c.rank, c.form) for c in found] == sorted(best)
+    assert found[-1] == Choice(32, "dense", 48 * 32)
+
+
+def test_prefix_stays_a_choice_where_it_is_cheaper():
+    factors, pivots = factorised(48, 32)
+
+    def cost(out, in_, rank, form):
+        return {"dense": 1000.0, "prefix": 10.5 * rank, "gauge": 500 + rank}[form]
+
+    found = choices(factors, pivots, 48, 32, cost=cost_function(cost))
+    assert [c[:2] for c in found] == [
+        (8, "prefix"),
+        (16, "prefix"),
+        (24, "prefix"),
+        (32, "prefix"),
+        (32, "dense"),
+    ]
+    costs = [choice.cost for choice in found]
+    assert costs[0] / costs[-1] == pytest.approx(0.084, rel=1e-9)
+    # Rounded against the reduced forms, so that no budget is ever passed.
+    assert costs[0] * 1000 >= costs[-1] * 84
+
+
+def test_unsafe_gauge_forms_are_refused():
+    factors, pivots = factorised(40, 24)
+    assert all(safe_ranks(factors.down, pivots, range(1, 25)).values())
+    # A matrix whose partial pivoting grows: Wilkinson's, 2**(n-1) in the last column.
+    lower = torch.eye(24, dtype=torch.float64) - torch.ones(24, 24).double().tril(-1)
+    block = torch.cat([lower, -torch.ones(16, 24).double()])
+    bad = pivots._replace(lower=block)
+    verdicts = safe_ranks(factors.down, bad, range(1, 25))
+    for rank, verdict in verdicts.items():
+        weights = block[rank:, :rank] @ torch.linalg.inv(block[:rank, :rank])
+        assert verdict == bool(weights.abs().max() <= 100)
+        assert gauge_is_safe(factors, bad, rank) == verdict
+    assert set(verdicts.values()) == {True, False}
+    refused = [rank for rank, verdict in verdicts.items() if not verdict]
+    found = choices(factors, bad, 40, 24, multiple=2)
+    gauge = {choice.rank for choice in found if choice.form == "gauge"}
+    assert gauge
+    assert not gauge & set(refused)
+    # Where the gauge form is refused the prefix form is offered while it pays.
+    assert {c.rank for c in found if c.form == "prefix"} == {
+        rank for rank in refused if rank % 2 == 0 and rank * 64 < 40 * 24
+    }
+
+
+def test_a_gauge_form_that_deviates_in_float32_is_refused():
+    factors, pivots = factorised(40, 24)
+    upper = pivots.upper.clone()
+    upper[:8, :8] *= 1e39
+    assert not gauge_is_safe(factors, pivots._replace(upper=upper), 8)
+
+
+class Fixed(LatencyTable):
+    """Times that are given, not measured."""
+
+    def __init__(self, times):
+        super().__init__(rows=1)
+        self.times = times
+
+    def _time(self, run):
+        return next(self.times)
+
+
+def test_latency_keeps_dense_unless_it_is_beaten_by_three_percent():
+    factors, pivots = factorised(64, 64)
+    # In the order of measuring: dense, then prefix and gauge at 8, 16, ..., 64.
+    for gauge, wins in ((96e-6, True), (98e-6, False)):
+        turn = [100e-6]
+        for _ in range(8):
+            turn += [200e-6, gauge]
+        table = Fixed(itertools.cycle(turn))
+        found = choices(factors, pivots, 64, 64, cost=table)
+        forms = [choice.form for choice in found]
+        assert forms == (["gauge", "dense"] if wins else ["dense"])
+
+
+def test_latency_is_the_minimum_monotone_and_interpolated():
+    turn = [100e-6] + [50e-6, 70e-6] + [40e-6, 60e-6] * 6 + [80e-6, 90e-6]
+    slow = [10 * value for value in turn]
+    times = [*slow * 10, *turn, *slow * 11]
+    table = Fixed(iter(times))
+    assert [table(64, 64, rank, "prefix") for rank in (1, 8, 16, 56)] == [50000] * 4
+    assert table(64, 64, 60, "prefix") == 65000
+    assert [table(64, 64, rank, "prefix") for rank in (64, 99)] == [80000] * 2
+    assert table(64, 64, 64, "dense") == 100000
+    assert table(64, 64, 1, "gauge") == 70000
+
+
+def test_costs_by_name_and_by_function():
+    assert cost_function("macs")(8, 4, 2, "prefix") == 24
+    table = cost_function("latency", rows=2, dtype=torch.float64)
+    assert isinstance(table, LatencyTable)
+    assert (table.rows, cost_function(table)) == (2, table)
+    energy = cost_function("energy")
+    # The estimator's own figure where a two-factor layer exists.
+    from loraven.energy import EnergyEstimator, get_default_hardware_profile
+
+    estimator = EnergyEstimator(get_default_hardware_profile())
+    picojoules = estimator.estimate((512, 256), 64) * 1e9
+    assert energy(256, 512, 64, "prefix") == pytest.approx(picojoules, abs=1)
+    found = [energy(256, 512, 64, form) for form in ("gauge", "prefix", "dense")]
+    assert found == sorted(found)
+    assert choices(*factorised(48, 32), 48, 32, cost="energy")[-1].form == "dense"
+
+
+def test_float_costs_share_one_scale():
+    cost = cost_function(lambda out, in_, rank, form: out * in_ * 1e-12)
+    small, large = cost(8, 8, 8, "dense"), cost(64, 64, 64, "dense")
+    assert small > 2**30
+    assert large / small == pytest.approx(64, rel=1e-9)
+
+
+def test_errors_name_what_is_wrong():
+    factors, pivots = factorised(16, 16)
+    with pytest.raises(ValueError, match="form='diagonal'"):
+        form_macs(4, 4, 2, "diagonal")
+    with pytest.raises(ValueError, match="cost='time'"):
+        cost_function("time")
+    with pytest.raises(ValueError, match="latency needs rows"):
+        choices(factors, pivots, 16, 16, cost="latency")
+    for value in (0.0, -1.0, float("nan"), float("inf"), 0):
+        with pytest.raises(ValueError, match="16 x 16 layer"):
+            choices(factors, pivots, 16, 16, cost=lambda *_, value=value: value)
+    with pytest.raises(ValueError, match="rank=17"):
+        safe_ranks(factors.down, pivots, [3, 17])
+    with pytest.raises(ValueError, match="rows=0"):
+        LatencyTable(0)
