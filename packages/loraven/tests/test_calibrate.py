@@ -163,7 +163,7 @@ def test_a_layer_whose_input_the_mask_does_not_fit_is_skipped():
 def test_few_tokens_give_one_warning_with_layer_and_count(mlp):
     model = mlp()
     targets, _ = find_targets(model)
-    with pytest.warns(UserWarning, match="'4' and 2 other layers saw 100 ") as caught:
+    with pytest.warns(UserWarning, match=r"'4' \(3 layers in all\) saw 100 ") as caught:
         calibrate(model, [torch.randn(100, 64)], targets)
     assert len(caught) == 1
     assert "128 input features" in str(caught[0].message)

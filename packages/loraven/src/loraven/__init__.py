@@ -4,7 +4,7 @@
 from importlib.metadata import version
 
 from loraven.budget import BudgetExhaustedException, BudgetManager
-from loraven.convert import convert
+from loraven.conversion import convert
 from loraven.energy import (
     EnergyEstimator,
     PerfEstimator,
@@ -17,6 +17,7 @@ from loraven.schedulers import (
     LinearRankScheduler,
     RankScheduler,
 )
+from loraven.store import load, save
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "export_static",
     "get_budget",
     "get_default_hardware_profile",
+    "load",
     "revert",
+    "save",
     "set_budget",
 ]
 

@@ -144,7 +144,10 @@ class _Watch:
         """What looks at the input of one layer."""
 
         def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor) or x.shape[-1:] != (target.in_features,):
+                # The layer itself says best what is wrong with it.
+                return
             self.rows[target.name] += x.numel() // target.in_features
             self.calls[target.name] += 1
             if target.name not in self.skipped:
@@ -224,7 +227,7 @@ def _warn_of_few_tokens(result: Calibration) -> None:
     few = {name: m for name, m in result.moments.items() if m.shrunk}
     if few:
         name = min(few, key=lambda n: few[n].tokens / len(few[n].mean))
-        more = f" and {len(few) - 1} other layers" if len(few) > 1 else ""
+        more = f" ({len(few)} layers in all)" if len(few) > 1 else ""
         warnings.warn(
             f"layer {name!r}{more} saw {few[name].tokens} valid tokens for "
             f"{len(few[name].mean)} input features, fewer than two for each: its "
@@ -248,7 +251,9 @@ def count_macs(
         stack.enter_context(evaluating(model))
         for target in targets:
 
-            def look(_: Any, args: tuple, kwargs: dict, target: Target = target) -> None:
+            def look(
+                _: Any, args: tuple, kwargs: dict, target: Target = target
+            ) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
                 own[target.name] += x.numel() * target.out_features
 

@@ -74,8 +74,8 @@ class ConversionSummary:
         1 layer converted, 0 skipped; 640 tokens, 1.0 s, 0.0 MiB with all levels
         level    cost   model  MiB alone
           0.5  0.4900  0.6000        0.0
-        out x in  rank and error at 0.5   layer
-           96x64  gauge   24  0.0100  up
+          out x in  rank and error at 0.5   layer
+             96x64  gauge     24    0.0100  up
     """
 
     layers: tuple[LayerSummary, ...]
@@ -97,7 +97,8 @@ class ConversionSummary:
             f"{self.tokens} tokens, {self.seconds:.1f} s, "
             f"{self.resident_bytes / 2**20:.1f} MiB with all levels"
         )
-        yield f"level  {self.cost if self.cost != 'macs' else 'cost':>6}   model  MiB alone"
+        name = "cost" if self.cost == "macs" else self.cost
+        yield f"level  {name:>6}   model  MiB alone"
         for level, found in self.levels.items():
             yield (
                 f"{level:>5g}  {found.cost_fraction:6.4f}  "

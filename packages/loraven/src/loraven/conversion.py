@@ -6,6 +6,9 @@ what the output minds, choose a rank and a form for each layer and level, build 
 new layers, and only then swap them in. Whatever fails before leaves the model, its
 hooks and its flags as they were.
 
+The module is not called ``convert``: as an attribute of the package, that name is
+the function.
+
 A layer's cost counts as often as it ran on the calibration data, so a pooler that
 runs once for each sentence is not paid for as if it ran for each token. Under a
 process group every process takes the choices of the first, with the mean of all
@@ -26,6 +29,7 @@ from loraven.eligible import Target, find_targets
 from loraven.factorize import Factors, Pivots, output_pca, pivot
 from loraven.family import Family, install, is_converted
 from loraven.forms import Choice, choices, cost_function, form_macs
+from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
 from loraven.sensitivity import sensitivities
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
@@ -33,7 +37,6 @@ from torchworks_core.errors import InvalidValue, NotReady
 
 __all__ = ["convert"]
 
-_MAX_LEVELS = 7
 _COSTS = ("macs", "latency", "energy")
 Cost = str | Callable[[int, int, int, str], float]
 
@@ -98,7 +101,7 @@ def convert(
 
     Example:
         >>> import torch, loraven
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU())
         >>> data = [torch.randn(256, 64)]
         >>> before = model(data[0])
         >>> summary = loraven.convert(model, data, levels=(0.3, 0.5, 1.0))
@@ -132,8 +135,9 @@ def convert(
         )
         for layer, plan in zip(layers, plans, strict=True)
     )
+    described = zip(layers, plans, strict=True)
     summary = ConversionSummary(
-        layers=tuple(_describe(*both, ordered) for both in zip(layers, plans)),
+        layers=tuple(_describe(*both, ordered) for both in described),
         skipped=skipped,
         levels=_describe_levels(model, found, layers, plans, ordered),
         tokens=found.tokens,
@@ -146,32 +150,6 @@ def convert(
     family.set_level(len(ordered) - 1)
     install(model, family)
     return summary
-
-
-def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
-    """The levels in ascending order, as floats.
-
-    Raises:
-        TypeError: they are no numbers.
-        InvalidValue: none or more than 7, outside (0, 1], or one twice.
-
-    Example:
-        >>> check_levels([1, 0.5])
-        (0.5, 1.0)
-    """
-    try:
-        found = tuple(sorted(float(level) for level in levels))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"levels={levels!r}: numbers in (0, 1] are needed") from error
-    if not 1 <= len(found) <= _MAX_LEVELS:
-        do = f"Give 1 to {_MAX_LEVELS}: a compiler builds a graph for each"
-        raise InvalidValue(f"levels={levels!r}", f"{len(found)} levels", do)
-    if not all(0 < level <= 1 for level in found):
-        why = "a level is a fraction of the dense cost"
-        raise InvalidValue(f"levels={levels!r}", why, "Give numbers in (0, 1]")
-    if len(set(found)) < len(found):
-        raise InvalidValue(f"levels={levels!r}", "one is there twice")
-    return found
 
 
 def _check(
@@ -254,7 +232,10 @@ def _factorise(
     for target in targets:
         name, weight = target.name, target.matrix()
         bias = target.module._parameters.get("bias")
-        factors = output_pca(weight, bias, found.moments[name])
+        try:
+            factors = output_pca(weight, bias, found.moments[name])
+        except InvalidValue as problem:
+            raise InvalidValue(f"layer {name!r}", str(problem)) from problem
         pivots = pivot(factors.up)
         price, times = shared, found.rows[name]
         if price is None:
@@ -285,7 +266,10 @@ def _weigh(
 ) -> list[float]:
     """What one unit of each layer's error energy costs."""
     if judge is None:
-        return [1 / layer.factors.energy if layer.factors.energy else 0.0 for layer in layers]
+        return [
+            1 / layer.factors.energy if layer.factors.energy else 0.0
+            for layer in layers
+        ]
     targets = [layer.target for layer in layers]
     factors = {layer.target.name: layer.factors for layer in layers}
     weights = sensitivities(model, found.examples, targets, factors, **judge)
@@ -314,7 +298,9 @@ def _describe(
 ) -> LayerSummary:
     tail, energy = layer.factors.tail, layer.factors.energy
     errors = [
-        0.0 if choice.form == "dense" or not energy else float(tail[choice.rank]) / energy
+        0.0
+        if choice.form == "dense" or not energy
+        else float(tail[choice.rank]) / energy
         for choice in plan
     ]
     return LayerSummary(
@@ -343,7 +329,10 @@ def _describe_levels(
         for layer, plan in zip(layers, plans, strict=True):
             target, choice = layer.target, plan[number]
             sides = target.out_features, target.in_features
-            full, macs = sides[0] * sides[1], form_macs(*sides, choice.rank, choice.form)
+            full, macs = (
+                sides[0] * sides[1],
+                form_macs(*sides, choice.rank, choice.form),
+            )
             spent += choice.cost * layer.times
             saved += own[target.name] // full * (full - macs)
             # A form has as many weights as multiply-adds for one row.
