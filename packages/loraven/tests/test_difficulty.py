@@ -167,7 +167,7 @@ def test_the_offset_is_that_of_an_exhaustive_search(monotone, alpha):
         found = fit_offset(margins, scores, 0.7, alpha)
         assert found == searched(margins, scores, 0.7, alpha)
         seen.add(math.isfinite(found))
-    assert True in seen
+    assert any(seen)
 
 
 def test_with_scores_that_rise_only_misses_at_the_offset_itself_count():
