@@ -87,7 +87,7 @@ def test_damage_is_what_happens_at_every_rank(model):
     factors = factors_of(model, x)
     curves = DamageCurves(factors)
     for calls in collect(model, lambda: (model(x), None), 3000):
-        curves.add(calls, EXAMPLES)
+        curves.add(calls)
     found = curves.finish()["second"]
     y, h, f = model(x), model.first(x).relu(), factors["second"]
     for rank in range(f.rank + 1):
@@ -104,7 +104,7 @@ def test_small_errors_of_a_nonlinear_part(model):
     factors = factors_of(model, x)
     curves = DamageCurves(factors)
     for calls in collect(model, lambda: (model(x), None), 1000):
-        curves.add(calls, EXAMPLES)
+        curves.add(calls)
     found, f = curves.finish()["first"], factors["first"]
     rank = f.rank - 1
     z = x.double() @ f.down[:rank].T + f.down_bias[:rank]
@@ -135,7 +135,7 @@ def test_outputs_of_tokens_that_are_not_valid_have_no_gradient(model):
     run = lambda: (model.second(model.act(model.first(x))), valid)  # noqa: E731
     (calls,) = collect(model, run, 1)
     for name in ("first", "second"):
-        gradient = calls[name][0].gradient
+        gradient = calls.calls[name][0].gradient
         assert (gradient[~valid] == 0).all()
         assert (gradient[valid] != 0).any(-1).all()
 
@@ -146,13 +146,13 @@ def test_a_layer_that_runs_twice_counts_twice():
     x = torch.randn(6, 4)
     forward = lambda: (layer(x) + layer(x), None)  # noqa: E731
     (calls,) = gradients(forward, {"layer": layer}, projections=1, generator=random())
-    assert len(calls["layer"]) == 2
+    assert len(calls.calls["layer"]) == 2
     statistics = InputStatistics(4)
     statistics.add(x)
     factors = {"layer": output_pca(layer.weight, None, statistics.finish())}
     both, one = DamageCurves(factors), DamageCurves(factors)
-    both.add(calls, 6)
-    one.add({"layer": calls["layer"][:1]}, 6)
+    both.add(calls)
+    one.add(calls._replace(calls={"layer": calls.calls["layer"][:1]}))
     a, b = both.finish()["layer"], one.finish()["layer"]
     torch.testing.assert_close(a, 4 * b)
 

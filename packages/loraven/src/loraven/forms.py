@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three ways to run a linear map, what each costs, and which a layer may choose.
+"""The planner: which ranks and forms of a layer are worth running, at what cost.
 
-dense: the original weight, out * in multiply-accumulates for each row.
-prefix: the first r rows of two factors, r * (in + out).
-gauge: r outputs, and the others from those, r * (in + out - r), never above dense.
-
-Decisions, each measured on one core in float32 (384, 1024 and 1536 features):
-- With 16 rows or more the first product is computed transposed, weight @ x.T: the
-  prefix form takes 0.6 to 0.8 of the time at 16 rows, and no more at 512.
-- The outputs are put in order by one ``index_select``; with
-  ``contiguous=False`` on whole rows of the transposed output, which is then
-  returned as a view. Advanced indexing took up to twice as long.
-- A compiler gets the plain expressions without a branch on the number of rows.
+Decisions:
+- The gauge form is refused at a rank where it would lose digits in float32.
+- Costs are integers, so a budget can be checked exactly. Those of one function have
+  one unit and can be added up over layers.
 - Latencies are measured, not derived from counts, and a layer stays dense wherever
   a reduced form is not 3 % faster.
 """
@@ -26,6 +19,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraven.factorize import Factors, Pivots
+
+# What is imported "as" itself is this module's to offer, too.
+from loraven.runners import FORMS as FORMS
+from loraven.runners import form_macs as form_macs
+from loraven.runners import plain_gauge as plain_gauge
+from loraven.runners import run_dense as run_dense
+from loraven.runners import run_gauge as run_gauge
+from loraven.runners import run_prefix as run_prefix
 from torchworks_core.errors import InvalidValue
 
 __all__ = [
@@ -43,129 +44,12 @@ __all__ = [
     "safe_ranks",
 ]
 
-FORMS = ("dense", "prefix", "gauge")
 Cost = Callable[[int, int, int, str], float]
 _Whole = Callable[[int, int, int, str], int]
-_MANY_ROWS = 16
 # Largest interpolation weight, and largest deviation in float32, of a gauge form.
 _MAX_WEIGHT, _MAX_DEVIATION = 100.0, 1e-4
 _PICOJOULES = 1e9
 _MARGIN = 0.03
-
-
-def form_macs(out: int, in_: int, rank: int, form: str) -> int:
-    """Multiply-accumulates of one row, which is also the number of weights.
-
-    Raises:
-        InvalidValue: an unknown form.
-
-    Example:
-        >>> [form_macs(64, 64, 16, form) for form in FORMS]
-        [4096, 2048, 1792]
-    """
-    if form == "dense":
-        return out * in_
-    if form == "prefix":
-        return rank * (out + in_)
-    if form == "gauge":
-        return rank * (out + in_ - rank)
-    raise InvalidValue(f"form={form!r}", "unknown", f"Give one of {', '.join(FORMS)}")
-
-
-def run_dense(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
-) -> Tensor:
-    """The original layer: the same operations, so the same bits.
-
-    Args:
-        x: (..., in).
-        weight: (out, in), or (in, out) when transposed.
-        bias: (out,) or None.
-        transposed: the weight is that of transformers' ``Conv1D``.
-
-    Returns:
-        (..., out).
-    """
-    if not transposed:
-        return linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])
-
-
-def run_prefix(
-    x: Tensor, down: Tensor, down_bias: Tensor, up_t: Tensor, up_bias: Tensor
-) -> Tensor:
-    """Two factors: ``(x @ down.T + down_bias) @ up_t.T + up_bias``.
-
-    Args:
-        x: (..., in).
-        down: (r, in).
-        down_bias: (r,).
-        up_t: (out, r); best the transpose of a contiguous (r, out).
-        up_bias: (out,).
-
-    Returns:
-        (..., out), contiguous.
-    """
-    if not x.is_cpu or x.numel() < _MANY_ROWS * down.shape[1]:
-        return linear(linear(x, down, down_bias), up_t, up_bias)
-    z = torch.addmm(down_bias[:, None], down, x.flatten(0, -2).t())
-    y = torch.addmm(up_bias, z.t(), up_t.t())
-    return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
-
-
-def plain_gauge(
-    x: Tensor,
-    skeleton: Tensor,
-    skeleton_bias: Tensor,
-    interpolation: Tensor,
-    interpolation_bias: Tensor,
-    inverse: Tensor,
-) -> Tensor:
-    """`run_gauge` without a branch on the number of rows."""
-    y = linear(x, skeleton, skeleton_bias)
-    y = torch.cat([y, linear(y, interpolation, interpolation_bias)], -1)
-    return y.index_select(-1, inverse)
-
-
-def run_gauge(
-    x: Tensor,
-    skeleton: Tensor,
-    skeleton_bias: Tensor,
-    interpolation: Tensor,
-    interpolation_bias: Tensor,
-    inverse: Tensor,
-    contiguous: bool = True,
-) -> Tensor:
-    """R outputs from x, the others from those, then into their order.
-
-    Args:
-        x: (..., in).
-        skeleton: (r, in).
-        skeleton_bias: (r,).
-        interpolation: (out - r, r).
-        interpolation_bias: (out - r,).
-        inverse: (out,) int64, where each output stands in the order of the pivots.
-        contiguous: False: from 16 rows on, a view with strides (1, rows), which is
-            cheaper, but ``y.view(-1)`` raises on it.
-
-    Returns:
-        (..., out).
-    """
-    many = x.numel() >= _MANY_ROWS * skeleton.shape[1]
-    if not many or (contiguous and not x.is_cpu):
-        weights = skeleton, skeleton_bias, interpolation, interpolation_bias
-        return plain_gauge(x, *weights, inverse)
-    y = torch.addmm(skeleton_bias[:, None], skeleton, x.flatten(0, -2).t())
-    if contiguous:
-        y = y.t().contiguous()
-        y = torch.cat([y, linear(y, interpolation, interpolation_bias)], 1)
-        y = y.index_select(1, inverse)
-    else:
-        rest = torch.addmm(interpolation_bias[:, None], interpolation, y)
-        y = torch.cat([y, rest]).index_select(0, inverse).t()
-    return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
 
 
 @torch.no_grad()
@@ -385,9 +269,11 @@ class _Integers:
 class LatencyTable:
     """Measured nanoseconds of each form, asked as (out, in, rank, form).
 
-    For each new (out, in), 8 ranks of both reduced forms and the dense form run in
-    turns on random numbers; the minimum of the repeats counts. Times between two
-    ranks are interpolated and never fall as the rank rises.
+    For each new (out, in) the dense form and up to 8 ranks of both reduced forms run
+    in turns on random numbers, each twice in a row: the first call finds other
+    weights in the caches, the second its own. The minimum of the repeats counts, and
+    of the two ratios to the dense form the worse one. A rank costs what the next
+    measured rank above it costs, so the planner chooses among measured ones only.
 
     Args:
         rows: Rows of one forward, >= 1.
@@ -423,40 +309,53 @@ class LatencyTable:
             raise InvalidValue(f"rows={rows}, repeats={repeats}", "below 1")
         self.rows, self.repeats, self.contiguous = rows, repeats, contiguous
         self._options = {"dtype": dtype, "device": torch.device(device)}
-        self._measured: dict[tuple[int, int], dict[str, list[tuple[int, int]]]] = {}
+        self._measured: dict[tuple[int, int], dict[tuple[str, int], int]] = {}
 
     def __call__(self, out: int, in_: int, rank: int, form: str) -> int:
         """Nanoseconds of one forward of all rows."""
         form_macs(out, in_, rank, form)
         if (out, in_) not in self._measured:
             self._measured[out, in_] = self._measure(out, in_)
-        nodes = self._measured[out, in_][form]
-        below = max((node for node in nodes if node[0] <= rank), default=nodes[0])
-        above = min((node for node in nodes if node[0] >= rank), default=nodes[-1])
-        if below[0] >= above[0]:
-            return below[1]
-        share = (rank - below[0]) / (above[0] - below[0])
-        return math.ceil(below[1] + share * (above[1] - below[1]))
+        found = self._measured[out, in_]
+        if form == "dense":
+            return found["dense", 0]
+        ours = [(at, value) for (name, at), value in found.items() if name == form]
+        enough = [value for at, value in ours if at >= rank]
+        return min(enough) if enough else max(found["dense", 0], ours[-1][1])
 
     @torch.no_grad()
-    def _measure(self, out: int, in_: int) -> dict[str, list[tuple[int, int]]]:
-        full = min(out, in_)
-        ranks = sorted({max(1, full * part // 8) for part in range(1, 9)})
-        runs = {("dense", full): self._dense(out, in_)}
-        for rank in ranks:
-            runs["prefix", rank] = self._prefix(out, in_, rank)
-            runs["gauge", rank] = self._gauge(out, in_, rank)
-        best = dict.fromkeys(runs, math.inf)
+    def _measure(self, out: int, in_: int) -> dict[tuple[str, int], int]:
+        runs = self._runs(out, in_)
+        best = {key: [math.inf, math.inf] for key in runs}
         for turn in range(self.repeats + 2):
             for key, run in runs.items():
-                seconds = self._time(run)
+                cold = self._time(run)
+                # A call of a millisecond does not mind where its weights were.
+                hot = self._time(run) if cold < 1e-3 else cold
                 if turn >= 2:
-                    best[key] = min(best[key], seconds)
-        found: dict[str, list[tuple[int, int]]] = {form: [] for form in FORMS}
-        for (form, rank), seconds in best.items():
-            before = found[form][-1][1] if found[form] else 1
-            found[form].append((rank, max(before, math.ceil(seconds * 1e9))))
+                    best[key] = [min(best[key][0], cold), min(best[key][1], hot)]
+        dense = best["dense", 0]
+        found: dict[tuple[str, int], int] = {}
+        for (form, rank), times in best.items():
+            worse = max(time / base for time, base in zip(times, dense, strict=True))
+            below = (value for (name, _), value in found.items() if name == form)
+            # Ranks ascend, and no rank counts as faster than a smaller one.
+            found[form, rank] = max([math.ceil(worse * dense[0] * 1e9), *below])
         return found
+
+    def _runs(self, out: int, in_: int) -> dict[tuple[str, int], Callable[[], Tensor]]:
+        """What is measured: only ranks whose multiplications are fewer than dense."""
+        full = min(out, in_)
+        ends = {"prefix": out * in_ / (out + in_), "gauge": float(full)}
+        runs = {("dense", 0): self._dense(out, in_)}
+        for form, end in ends.items():
+            # The last part is the dense form's own cost; multiples of 8 run best.
+            every = (end * part / 9 for part in range(1, 9))
+            ranks = {max(1, math.floor(rank / 8) * 8) for rank in every}
+            make = self._prefix if form == "prefix" else self._gauge
+            for rank in sorted(ranks):
+                runs[form, rank] = make(out, in_, rank)
+        return runs
 
     def _time(self, run: Callable[[], Tensor]) -> float:
         device = self._options["device"]

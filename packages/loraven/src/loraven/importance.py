@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loraven.batches import spread
 from loraven.factorize import Factors
 from torchworks_core.errors import InvalidValue
 
-__all__ = ["Call", "DamageCurves", "OutputMetrics", "gradients"]
+__all__ = ["Call", "DamageCurves", "OutputMetrics", "Projection", "gradients"]
 
 _FULL_METRIC = 2048
 # Share of the mean eigenvalue that is mixed into a metric: it is estimated from few
@@ -42,7 +43,16 @@ class Call(NamedTuple):
     gradient: Tensor
 
 
-Calls = dict[str, list[Call]]
+class Projection(NamedTuple):
+    """The gradients of one random projection of a batch's output.
+
+    Attributes:
+        examples: How many there are in the batch, N.
+        calls: The runs of each layer that has an influence on the output.
+    """
+
+    examples: int
+    calls: dict[str, list[Call]]
 
 
 def gradients(
@@ -51,19 +61,19 @@ def gradients(
     *,
     projections: int,
     generator: torch.Generator,
-) -> Iterator[Calls]:
+) -> Iterator[Projection]:
     """Run a model once and give gradients of random projections of its output.
 
     Args:
-        forward: Runs one batch; returns the output (N, ...) and the valid positions,
-            bool, of the shape of the output's first dimensions, or None.
+        forward: Runs one batch; returns the output (N, ...) and the mask of its
+            valid positions, bool, or None; see `loraven.batches.spread`.
         sites: The layers, by name.
         projections: How many projections, >= 1; each is one backward pass.
         generator: Of the random projections, on the CPU.
 
     Yields:
-        For each projection, the runs of each layer that has an influence on the
-        output, with gradients that are zero at positions that aren't valid.
+        For each projection the layers' gradients, which are zero at positions that
+        aren't valid.
 
     Raises:
         InvalidValue: the output is not finite, or does not depend on the layers
@@ -89,12 +99,12 @@ def gradients(
             retain_graph=number < projections - 1,
             allow_unused=True,
         )
-        calls: Calls = {}
+        calls: dict[str, list[Call]] = {}
         for (name, x, _), gradient in zip(flat, found, strict=True):
             if gradient is not None:
                 masked = _masked(gradient, valid)
                 calls.setdefault(name, []).append(Call(x, masked))
-        yield calls
+        yield Projection(len(output) if output.ndim else 1, calls)
 
 
 @contextmanager
@@ -134,18 +144,19 @@ def _relative(output: Tensor, valid: Tensor | None) -> Tensor:
     norm = detached.flatten(1).norm(dim=1) if output.ndim > 1 else detached.abs()
     if not norm.isfinite().all():
         why = "it holds NaN or infinity, or its norm overflows"
-        raise InvalidValue("output", why, "Check the model and the calibration data")
+        do = "Give output= to judge by another tensor, or sensitivity=False"
+        raise InvalidValue("output", why, do)
     shape = (-1,) + (1,) * (output.ndim - 1)
     inverse = torch.where(norm > 0, norm.reciprocal(), 0).view(shape)
     return _masked(inverse.expand(output.shape), valid)
 
 
 def _masked(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero the positions that aren't valid, where values has such positions."""
-    if valid is None or values.shape[: valid.ndim] != valid.shape:
+    """Zero the positions that aren't valid, where that can be told."""
+    if valid is None or values.ndim < 2:
         return values
-    shape = (*valid.shape, *(1,) * (values.ndim - valid.ndim))
-    return values.masked_fill(~valid.view(shape).to(values.device), 0)
+    keep = spread(values, valid)
+    return values if keep is None else values * keep[..., None]
 
 
 class OutputMetrics:
@@ -160,8 +171,8 @@ class OutputMetrics:
         ...     lambda: (layer(x) * torch.tensor([1.0, 0.0]), None),
         ...     {"layer": layer}, projections=4, generator=random,
         ... )
-        >>> for calls in runs:
-        ...     metrics.add(calls)
+        >>> for projection in runs:
+        ...     metrics.add(projection)
         >>> metric = metrics.finish()["layer"]
         >>> bool(metric[0, 0] > 100 * metric[1, 1])
         True
@@ -171,15 +182,32 @@ class OutputMetrics:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, calls: Calls) -> None:
+    def add(self, projection: Projection) -> None:
         """Take in what `gradients` yielded."""
-        for name, found in calls.items():
+        for name, found in projection.calls.items():
             for _, gradient in found:
                 flat = gradient.flatten(0, -2).float()
                 full = flat.shape[1] <= _FULL_METRIC
                 part = flat.T @ flat if full else flat.square().sum(0)
                 before = self._sums.get(name)
                 self._sums[name] = part.double() if before is None else before + part
+
+    def all_reduce(self, name: str, like: Tensor) -> None:
+        """Add up one layer's sums over all processes of the default group.
+
+        Args:
+            name: The layer; every process calls this for the same ones in turn.
+            like: Its weight, (out, in).
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        shape = (len(like),) * (2 if len(like) <= _FULL_METRIC else 1)
+        empty = torch.zeros(shape, dtype=torch.float64, device=like.device)
+        total = self._sums.get(name, empty)
+        distributed.all_reduce(total)
+        if total.any():
+            self._sums[name] = total
 
     def finish(self) -> dict[str, Tensor]:
         """Metrics by layer, float64, (out, out) or (out,) for a diagonal one.
@@ -224,17 +252,18 @@ class DamageCurves:
         self._examples = 0
 
     @torch.no_grad()
-    def add(self, calls: Calls, examples: int) -> None:
-        """Take in what `gradients` yielded for a batch of so many examples."""
-        self._examples += examples
-        for name, found in calls.items():
+    def add(self, projection: Projection) -> None:
+        """Take in what `gradients` yielded."""
+        self._examples += projection.examples
+        for name, found in projection.calls.items():
             up, down, bias = self._factors[name]
             change: Tensor | None = None
             for x, gradient in found:
                 # The part that each direction has in g . e, summed over tokens.
                 parts = (gradient.float() @ up) * (x.float() @ down + bias)
-                parts = parts.reshape(gradient.shape[0], -1, parts.shape[-1]).sum(1)
-                change = parts if change is None else change + parts
+                parts = parts.reshape(_examples(parts, projection), -1, up.shape[1])
+                part = parts.sum(1)
+                change = part if change is None else change + part
             if change is not None:
                 dropped = change.flip(1).cumsum(1).flip(1)
                 self._sums[name] += dropped.double().square().sum(0)
@@ -249,3 +278,14 @@ class DamageCurves:
             mean = (total / max(1, self._examples)).cummin(0).values
             found[name] = torch.cat([mean, mean.new_zeros(1)])
         return found
+
+
+def _examples(parts: Tensor, projection: Projection) -> int:
+    """How many examples the vectors of a call belong to, in their order.
+
+    Where that can't be told, each counts by itself: then what their errors have in
+    common is missed, and no more.
+    """
+    vectors = parts.shape[:-1].numel()
+    first = parts.shape[0] % projection.examples == 0
+    return projection.examples if first else vectors
