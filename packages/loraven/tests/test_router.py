@@ -361,3 +361,22 @@ def test_the_seed_and_nothing_else_makes_the_split():
     assert not torch.equal(one.coefficients, other.coefficients)
     assert "features=129, levels=4" in repr(one)
     assert loraven.fit_router is fit_router
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_same_examples_take_the_same_levels():
+    model = made_uneven()
+    routed = fit_router(model, [uneven(400, 2)])
+    x = uneven(64, 3)
+    expected = routed(x)
+    levels = routed.last_levels
+    routed.cuda()
+    assert routed.coefficients.is_cuda
+    assert not routed.site.is_cuda
+    found = routed(x.cuda()).cpu()
+    # A margin at the very edge may fall the other way by rounding.
+    same = [a == b for a, b in zip(routed.last_levels, levels, strict=True)]
+    assert sum(same) >= 62
+    assert torch.allclose(found[same], expected[same], atol=1e-3)
+    again = fit_router(model, [uneven(400, 2).cuda()])
+    assert again.coefficients.is_cuda

@@ -47,7 +47,8 @@ class RoutedModel(nn.Module):
     """Runs each example at the level that a router chooses for it.
 
     Usually made by `fit_router`. In another process, make one without numbers
-    around the loaded model and call ``load_state_dict``.
+    around the loaded model and call ``load_state_dict``. It changes the model's level
+    while it runs, so that two threads need one such model each.
 
     Args:
         model: from `loraven.convert` or `loraven.load`. It keeps its own level.
