@@ -3,6 +3,7 @@
 
 from importlib.metadata import version
 
+from loraven.auditing import AuditResult, audit
 from loraven.budget import BudgetExhaustedException, BudgetManager
 from loraven.conversion import convert
 from loraven.distillation import DistillSummary, distill
@@ -19,6 +20,7 @@ from loraven.meter import EnergyReading, EnergyUnavailableError, measure_energy
 from loraven.nested import NestedLinear
 from loraven.plots import plot_energy_efficiency, plot_rank_evolution
 from loraven.presets import LoRAven, create_loraven_layer
+from loraven.router import RoutedModel, fit_router
 from loraven.schedulers import (
     EnergyAwareRankScheduler,
     LinearRankScheduler,
@@ -29,6 +31,7 @@ from loraven.store import load, save
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 
 __all__ = [
+    "AuditResult",
     "BudgetExhaustedException",
     "BudgetManager",
     "ConversionSummary",
@@ -47,12 +50,15 @@ __all__ = [
     "NestedLinear",
     "PerfEstimator",
     "RankScheduler",
+    "RoutedModel",
     "at_budget",
+    "audit",
     "calibrate_energy",
     "convert",
     "create_loraven_layer",
     "distill",
     "export_static",
+    "fit_router",
     "get_budget",
     "get_default_hardware_profile",
     "load",
