@@ -62,7 +62,7 @@ def gauge_arguments(factors, pivots, rank, dtype):
 
 @pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 512)])
 def test_every_form_is_the_map_at_every_number_of_rows(shape, dtype, lead):
     factors, pivots = factorised(*shape)
     x = torch.randn(*lead, shape[1]).to(dtype)

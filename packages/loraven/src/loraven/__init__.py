@@ -4,12 +4,8 @@
 from importlib.metadata import version
 
 from loraven.budget import BudgetExhaustedException, BudgetManager
-from loraven.convert import convert
-from loraven.energy import (
-    EnergyEstimator,
-    PerfEstimator,
-    get_default_hardware_profile,
-)
+from loraven.conversion import convert
+from loraven.energy import EnergyEstimator, PerfEstimator, get_default_hardware_profile
 from loraven.energy_fit import calibrate_energy
 from loraven.export import export_static
 from loraven.family import at_budget, get_budget, revert, set_budget
@@ -19,6 +15,7 @@ from loraven.schedulers import (
     LinearRankScheduler,
     RankScheduler,
 )
+from loraven.store import load, save
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 
 __all__ = [
@@ -40,8 +37,10 @@ __all__ = [
     "export_static",
     "get_budget",
     "get_default_hardware_profile",
+    "load",
     "measure_energy",
     "revert",
+    "save",
     "set_budget",
 ]
 

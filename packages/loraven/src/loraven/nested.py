@@ -14,22 +14,25 @@ Decisions:
   other weights under factors that do not belong to them is noticed by it.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, addmm, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from loraven.factorize import Factors, Pivots, gauge_of_order, pivot
-from loraven.forms import (
+from loraven.forms import safe_ranks
+from loraven.runners import (
     FORMS,
+    MANY_INPUTS,
+    MANY_ROWS,
     plain_gauge,
     run_dense,
     run_gauge,
     run_prefix,
-    safe_ranks,
 )
 from torchworks_core.errors import InvalidValue, NotReady
 
@@ -37,6 +40,9 @@ __all__ = ["NestedLinear", "Plan"]
 
 _MASTERS = ("up", "down", "down_bias", "up_bias")
 _GAUGE = ("skeleton", "skeleton_bias", "interpolation", "interpolation_bias")
+# The Parameter "up" that was cut; below how many numbers of an input two products with
+# the two matrices after it do; else the arguments of what stands last.
+_Cut = tuple[Tensor, int, Any, Any, tuple, Callable[..., Tensor]] | tuple[()] | None
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -220,14 +226,17 @@ class NestedLinear(nn.Module):
         Raises:
             NotReady: a reduced level, and the factors belong to other weights.
         """
-        if is_compiling():
+        cut = None if is_compiling() else self._cuts[self.level]
+        if not cut:
+            # An empty cut is the original nn.Linear.
+            known = cut is not None
+            return linear(x, self.weight, self.bias) if known else self._any(x)
+        master, few, down_t, up, arguments, run = cut
+        if master is not self._parameters["up"] or master.requires_grad:
             return self._any(x)
-        cut = self._cuts[self.level]
-        if cut is None:
-            return self._any(x)
-        up, run, arguments = cut
-        if up is not self._parameters["up"] or up.requires_grad:
-            return self._any(x)
+        if x.numel() < few and x.ndim == 2:
+            _, down_bias, _, up_bias = arguments
+            return addmm(up_bias, addmm(down_bias, x, down_t), up)
         return run(x, *arguments)
 
     def _any(self, x: Tensor) -> Tensor:
@@ -238,18 +247,16 @@ class NestedLinear(nn.Module):
             why = "their weights were changed by load_state_dict"
             raise NotReady("the factors are stale, convert again", why)
         rank, form = self.plans[self.level]
-        compiling = is_compiling()
         if form == "gauge" and not self._training_form:
-            arguments = self._gauge(rank)
-            if compiling:
-                return plain_gauge(x, *arguments)
-            return run_gauge(x, *arguments, contiguous=self._contiguous_output)
+            if is_compiling():
+                return plain_gauge(x, *self._gauge(rank))
+            return run_gauge(x, *self._gauge(rank), contiguous=self._contiguous_output)
         down, down_bias, up_t, up_bias = self._prefix(rank)
-        if compiling:
+        if is_compiling():
             return linear(linear(x, down, down_bias), up_t, up_bias)
         return run_prefix(x, down, down_bias, up_t, up_bias)
 
-    def _prefix(self, rank: int) -> tuple[Tensor, ...]:
+    def _prefix(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         down, bias = self.down[:rank], self.down_bias[:rank]
         return down, bias, self.up[:rank].t(), self.up_bias
 
@@ -293,18 +300,22 @@ class NestedLinear(nn.Module):
     @torch.no_grad()
     def _cut(self) -> None:
         """What the reduced levels run, ready to call."""
-        up = self.up
-        cuts: list[tuple[Tensor, Callable[..., Tensor], tuple] | None] = []
-        for rank, form in self.plans:
-            if form == "dense" or self.stale or self._training_form:
+        plain = self.in_features < MANY_INPUTS or not self.weight.is_cpu
+        few = sys.maxsize if plain else MANY_ROWS * self.in_features
+        cuts: list[_Cut] = []
+        for rank, form in (*self.plans, Plan(0, "dense")):
+            if form == "dense":
+                cuts.append(None if self.transposed else ())
+            elif self.stale or self._training_form:
                 cuts.append(None)
             elif form == "gauge":
                 arguments = (*self._gauge(rank), self._contiguous_output)
-                cuts.append((up, run_gauge, arguments))
+                cuts.append((self.up, 0, None, None, arguments, run_gauge))
             else:
                 arguments = tuple(part.detach() for part in self._prefix(rank))
-                cuts.append((up, run_prefix, arguments))
-        self._cuts = [*cuts, None]
+                ready = arguments[0].t(), arguments[2].t()
+                cuts.append((self.up, few, *ready, arguments, run_prefix))
+        self._cuts = cuts
 
     def _link(self) -> None:
         """Give the original the Parameters that this module has now."""

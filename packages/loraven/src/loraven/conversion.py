@@ -6,6 +6,9 @@ what the output minds, choose a rank and a form for each layer and level, build 
 new layers, and only then swap them in. Whatever fails before leaves the model, its
 hooks and its flags as they were.
 
+The module is not called ``convert``: as an attribute of the package, that name is
+the function.
+
 A layer's cost counts as often as it ran on the calibration data, so a pooler that
 runs once for each sentence is not paid for as if it ran for each token. Under a
 process group every process takes the choices of the first, with the mean of all
@@ -26,6 +29,7 @@ from loraven.eligible import Target, find_targets
 from loraven.factorize import Factors, Pivots, output_pca, pivot
 from loraven.family import Family, install, is_converted
 from loraven.forms import Choice, choices, cost_function, form_macs
+from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
 from loraven.sensitivity import sensitivities
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
@@ -33,7 +37,6 @@ from torchworks_core.errors import InvalidValue, NotReady
 
 __all__ = ["convert"]
 
-_MAX_LEVELS = 7
 _COSTS = ("macs", "latency", "energy")
 Cost = str | Callable[[int, int, int, str], float]
 
@@ -147,32 +150,6 @@ def convert(
     family.set_level(len(ordered) - 1)
     install(model, family)
     return summary
-
-
-def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
-    """The levels in ascending order, as floats.
-
-    Raises:
-        TypeError: they are no numbers.
-        InvalidValue: none or more than 7, outside (0, 1], or one twice.
-
-    Example:
-        >>> check_levels([1, 0.5])
-        (0.5, 1.0)
-    """
-    try:
-        found = tuple(sorted(float(level) for level in levels))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"levels={levels!r}: numbers in (0, 1] are needed") from error
-    if not 1 <= len(found) <= _MAX_LEVELS:
-        do = f"Give 1 to {_MAX_LEVELS}: a compiler builds a graph for each"
-        raise InvalidValue(f"levels={levels!r}", f"{len(found)} levels", do)
-    if not all(0 < level <= 1 for level in found):
-        why = "a level is a fraction of the dense cost"
-        raise InvalidValue(f"levels={levels!r}", why, "Give numbers in (0, 1]")
-    if len(set(found)) < len(found):
-        raise InvalidValue(f"levels={levels!r}", "one is there twice")
-    return found
 
 
 def _check(
