@@ -3,6 +3,7 @@
 
 from importlib.metadata import version
 
+from loraven.auditing import AuditResult, audit
 from loraven.budget import BudgetExhaustedException, BudgetManager
 from loraven.conversion import convert
 from loraven.energy import EnergyEstimator, PerfEstimator, get_default_hardware_profile
@@ -10,6 +11,7 @@ from loraven.energy_fit import calibrate_energy
 from loraven.export import export_static
 from loraven.family import at_budget, get_budget, revert, set_budget
 from loraven.meter import EnergyReading, EnergyUnavailableError, measure_energy
+from loraven.router import RoutedModel, fit_router
 from loraven.schedulers import (
     EnergyAwareRankScheduler,
     LinearRankScheduler,
@@ -19,6 +21,7 @@ from loraven.store import load, save
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 
 __all__ = [
+    "AuditResult",
     "BudgetExhaustedException",
     "BudgetManager",
     "ConversionSummary",
@@ -31,10 +34,13 @@ __all__ = [
     "LinearRankScheduler",
     "PerfEstimator",
     "RankScheduler",
+    "RoutedModel",
     "at_budget",
+    "audit",
     "calibrate_energy",
     "convert",
     "export_static",
+    "fit_router",
     "get_budget",
     "get_default_hardware_profile",
     "load",
