@@ -110,6 +110,17 @@ def test_bench_compares_each_level(folders, texts, family, monkeypatch, capsys):
     assert 0 < float(reduced[-1]) < 1
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_audit_prints_its_verdict(folders, texts, family, monkeypatch, capsys):
+    options = ("--target", 0.9, "--alpha", 0.2, "--levels", "0.6,0.8,1.0")
+    assert run(monkeypatch, "audit", folders[family], "--texts", texts, *options) == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"(static|adaptive): ", printed)
+    assert "target 0.9, missed by at most 20 % of examples; 144 examples" in printed
+    levels = re.findall(r"(?m)^ +(\d\.?\d*)  ", printed)
+    assert levels == ["0.6", "0.8", "1"]
+
+
 def test_audit_passes_its_options(folders, texts, monkeypatch, capsys):
     seen = {}
 
@@ -118,7 +129,7 @@ def test_audit_passes_its_options(folders, texts, monkeypatch, capsys):
         seen["levels"] = loraven.get_budget(model)
         return "verdict: static"
 
-    monkeypatch.setattr(loraven, "audit", audit, raising=False)
+    monkeypatch.setattr(loraven, "audit", audit)
     arguments = (folders["bert"], "--texts", texts, "--target", 0.9, "--alpha", 0.1)
     assert run(monkeypatch, "audit", *arguments) == 0
     assert "verdict: static" in capsys.readouterr().out
