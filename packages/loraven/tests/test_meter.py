@@ -345,7 +345,7 @@ import sys
 sys.modules["pynvml"] = None
 import torch
 before = set(sys.modules)
-import loraven
+import loraven, loraven.cli
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
     folder = str(Path(loraven.__file__).parents[1])

@@ -77,7 +77,7 @@ def convert(
     chosen = _levels(levels)
     model = read_model(source)
     shown = _Shown(read_batches(source, source.texts), "calibration", _WEIGHING)
-    options = {"levels": chosen, "cost": cost, "include": include}
+    options = {"levels": chosen, "cost": cost, "include": include or None}
     summary = loraven.convert(model, shown, exclude=exclude or (), **options)
     loraven.save(model, out)
     print_levels(summary)
@@ -100,7 +100,7 @@ def audit(
     """Say whether deciding the budget for each input pays on these texts."""
     source = _source(model_dir, texts, batch_size, max_length, device)
     model, rest, _ = _family(source, factors, _levels(levels), cost)
-    shown = _Shown(read_batches(source, rest), "reading", "auditing")
+    shown = _Shown(read_batches(source, rest), "audit", "judging")
     typer.echo(str(loraven.audit(model, shown, target=target, alpha=alpha)))
 
 
