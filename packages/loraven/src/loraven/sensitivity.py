@@ -8,7 +8,7 @@ then the factors' tails are errors of the model's output already.
 
 The direct method: with one layer alone reduced to 0.4 of its multiply-adds, the
 relative squared change of the model's output, divided by the layer's own error at
-that rank. Hooks replace the layer's output; no module is touched.
+that rank. Hooks replace the layer's output, and blocks before it are not run again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraven.batches import (
-    Output,
-    TokenMask,
-    evaluating,
-    main_output,
-    run,
-    spread,
-    valid,
-)
+from loraven.batches import Output, TokenMask, evaluating, spread, valid
 from loraven.eligible import Target
 from loraven.factorize import Factors
+from loraven.replay import Replay
 from torchworks_core.errors import InvalidValue
 
 __all__ = ["sensitivities"]
@@ -67,8 +60,8 @@ def sensitivities(
     weights = {}
     with evaluating(model):
         kept = [valid(batch, token_mask) for batch in batches]
-        reference = [main_output(run(model, batch), output) for batch in batches]
-        if not all(bool(found.isfinite().all()) for found in reference):
+        replay = Replay(model, batches, [target.module for target in targets], output)
+        if not all(bool(found.isfinite().all()) for found in replay.reference):
             do = "Give output= to judge by another tensor, or sensitivity=False"
             raise InvalidValue("the model's output", "it is not finite", do)
         for target in targets:
@@ -76,14 +69,12 @@ def sensitivities(
             rank = _probe_rank(target, found)
             handle = target.module.register_forward_hook(_reduced(found, rank, target))
             try:
-                errors = [
-                    _change(main_output(run(model, batch), output), was, mask)
-                    for batch, was, mask in zip(batches, reference, kept, strict=True)
-                ]
+                outputs = replay.run(target.module)
             finally:
                 handle.remove()
+            runs = zip(outputs, replay.reference, kept, strict=True)
+            mean = float(torch.cat([_change(*each) for each in runs]).mean())
             left = float(found.tail[rank])
-            mean = float(torch.cat(errors).mean())
             weights[target.name] = mean / left if left > 0 else 0.0
     return weights
 
