@@ -227,39 +227,61 @@ def test_a_gauge_form_that_deviates_in_float32_is_refused():
 
 
 class Fixed(LatencyTable):
-    """Times that are given, not measured."""
+    """Microseconds that are given, not measured: (first call, second call) by key."""
 
-    def __init__(self, times):
-        super().__init__(rows=1)
-        self.times = times
+    def __init__(self, **times):
+        super().__init__(rows=1, repeats=3)
+        self.times = {tuple(k.split("_")): v for k, v in times.items()}
+
+    def _runs(self, out, in_):
+        def run(times):
+            # Slow at first and now and then, and first and second call in turn.
+            noise = itertools.chain([8, 8, 8, 8], itertools.cycle([2, 2, 1, 1, 3, 3]))
+            calls = itertools.cycle(times)
+            return lambda: next(noise) * next(calls) * 1e-6
+
+        return {(form, int(at)): run(v) for (form, at), v in self.times.items()}
 
     def _time(self, run):
-        return next(self.times)
+        return run()
+
+
+@pytest.mark.parametrize(("first", "second"), [(100, 40), (100, 20), (50, 40)])
+def test_latency_counts_the_worse_of_first_and_second_call(first, second):
+    table = Fixed(dense_0=(100, 40), prefix_8=(first, second))
+    expected = 1e5 * max(first / 100, second / 40)
+    assert table(64, 64, 8, "prefix") == pytest.approx(expected, abs=1)
+    assert table(64, 64, 64, "dense") == 100000
+
+
+def test_latency_of_a_rank_is_that_of_the_next_measured_one_and_never_falls():
+    measured = {"prefix_8": (50, 50), "prefix_16": (40, 40), "prefix_24": (70, 70)}
+    table = Fixed(dense_0=(100, 100), **measured, gauge_16=(120, 120))
+    found = [table(64, 64, rank, "prefix") for rank in (1, 8, 16, 17, 24)]
+    assert found == [50000, 50000, 50000, 70000, 70000]
+    # Beyond what was measured, multiplications are no fewer than dense.
+    assert table(64, 64, 25, "prefix") == 100000
+    assert [table(64, 64, rank, "gauge") for rank in (9, 17)] == [120000] * 2
 
 
 def test_latency_keeps_dense_unless_it_is_beaten_by_three_percent():
     factors, pivots = factorised(64, 64)
-    # In the order of measuring: dense, then prefix and gauge at 8, 16, ..., 64.
-    for gauge, wins in ((96e-6, True), (98e-6, False)):
-        turn = [100e-6]
-        for _ in range(8):
-            turn += [200e-6, gauge]
-        table = Fixed(itertools.cycle(turn))
+    for gauge, wins in ((96, True), (98, False)):
+        table = Fixed(dense_0=(100, 100), prefix_64=(200, 200), gauge_32=(gauge, gauge))
         found = choices(factors, pivots, 64, 64, cost=table)
-        forms = [choice.form for choice in found]
-        assert forms == (["gauge", "dense"] if wins else ["dense"])
+        forms = [choice[:2] for choice in found]
+        reduced = [(32, "gauge")] if wins else []
+        assert forms == [*reduced, (64, "dense")]
 
 
-def test_latency_is_the_minimum_monotone_and_interpolated():
-    turn = [100e-6] + [50e-6, 70e-6] + [40e-6, 60e-6] * 6 + [80e-6, 90e-6]
-    slow = [10 * value for value in turn]
-    times = [*slow * 10, *turn, *slow * 11]
-    table = Fixed(iter(times))
-    assert [table(64, 64, rank, "prefix") for rank in (1, 8, 16, 56)] == [50000] * 4
-    assert table(64, 64, 60, "prefix") == 65000
-    assert [table(64, 64, rank, "prefix") for rank in (64, 99)] == [80000] * 2
-    assert table(64, 64, 64, "dense") == 100000
-    assert table(64, 64, 1, "gauge") == 70000
+def test_latency_measures_only_what_could_be_faster():
+    runs = LatencyTable(rows=2)._runs(96, 48)
+    assert len(runs) > 8
+    for form, rank in runs:
+        macs = form_macs(96, 48, rank, form)
+        assert macs <= 96 * 48
+        assert runs[form, rank]().shape == (2, 96)
+        assert form == "dense" or rank % 8 == 0 or rank == 1
 
 
 def test_costs_by_name_and_by_function():

@@ -269,9 +269,11 @@ class _Integers:
 class LatencyTable:
     """Measured nanoseconds of each form, asked as (out, in, rank, form).
 
-    For each new (out, in), 8 ranks of both reduced forms and the dense form run in
-    turns on random numbers; the minimum of the repeats counts. Times between two
-    ranks are interpolated and never fall as the rank rises.
+    For each new (out, in) the dense form and up to 8 ranks of both reduced forms run
+    in turns on random numbers, each twice in a row: the first call finds other
+    weights in the caches, the second its own. The minimum of the repeats counts, and
+    of the two ratios to the dense form the worse one. A rank costs what the next
+    measured rank above it costs, so the planner chooses among measured ones only.
 
     Args:
         rows: Rows of one forward, >= 1.
@@ -307,40 +309,53 @@ class LatencyTable:
             raise InvalidValue(f"rows={rows}, repeats={repeats}", "below 1")
         self.rows, self.repeats, self.contiguous = rows, repeats, contiguous
         self._options = {"dtype": dtype, "device": torch.device(device)}
-        self._measured: dict[tuple[int, int], dict[str, list[tuple[int, int]]]] = {}
+        self._measured: dict[tuple[int, int], dict[tuple[str, int], int]] = {}
 
     def __call__(self, out: int, in_: int, rank: int, form: str) -> int:
         """Nanoseconds of one forward of all rows."""
         form_macs(out, in_, rank, form)
         if (out, in_) not in self._measured:
             self._measured[out, in_] = self._measure(out, in_)
-        nodes = self._measured[out, in_][form]
-        below = max((node for node in nodes if node[0] <= rank), default=nodes[0])
-        above = min((node for node in nodes if node[0] >= rank), default=nodes[-1])
-        if below[0] >= above[0]:
-            return below[1]
-        share = (rank - below[0]) / (above[0] - below[0])
-        return math.ceil(below[1] + share * (above[1] - below[1]))
+        found = self._measured[out, in_]
+        if form == "dense":
+            return found["dense", 0]
+        ours = [(at, value) for (name, at), value in found.items() if name == form]
+        enough = [value for at, value in ours if at >= rank]
+        return min(enough) if enough else max(found["dense", 0], ours[-1][1])
 
     @torch.no_grad()
-    def _measure(self, out: int, in_: int) -> dict[str, list[tuple[int, int]]]:
-        full = min(out, in_)
-        ranks = sorted({max(1, full * part // 8) for part in range(1, 9)})
-        runs = {("dense", full): self._dense(out, in_)}
-        for rank in ranks:
-            runs["prefix", rank] = self._prefix(out, in_, rank)
-            runs["gauge", rank] = self._gauge(out, in_, rank)
-        best = dict.fromkeys(runs, math.inf)
+    def _measure(self, out: int, in_: int) -> dict[tuple[str, int], int]:
+        runs = self._runs(out, in_)
+        best = {key: [math.inf, math.inf] for key in runs}
         for turn in range(self.repeats + 2):
             for key, run in runs.items():
-                seconds = self._time(run)
+                cold = self._time(run)
+                # A call of a millisecond does not mind where its weights were.
+                hot = self._time(run) if cold < 1e-3 else cold
                 if turn >= 2:
-                    best[key] = min(best[key], seconds)
-        found: dict[str, list[tuple[int, int]]] = {form: [] for form in FORMS}
-        for (form, rank), seconds in best.items():
-            before = found[form][-1][1] if found[form] else 1
-            found[form].append((rank, max(before, math.ceil(seconds * 1e9))))
+                    best[key] = [min(best[key][0], cold), min(best[key][1], hot)]
+        dense = best["dense", 0]
+        found: dict[tuple[str, int], int] = {}
+        for (form, rank), times in best.items():
+            worse = max(time / base for time, base in zip(times, dense, strict=True))
+            below = (value for (name, _), value in found.items() if name == form)
+            # Ranks ascend, and no rank counts as faster than a smaller one.
+            found[form, rank] = max([math.ceil(worse * dense[0] * 1e9), *below])
         return found
+
+    def _runs(self, out: int, in_: int) -> dict[tuple[str, int], Callable[[], Tensor]]:
+        """What is measured: only ranks whose multiplications are fewer than dense."""
+        full = min(out, in_)
+        ends = {"prefix": out * in_ / (out + in_), "gauge": float(full)}
+        runs = {("dense", 0): self._dense(out, in_)}
+        for form, end in ends.items():
+            # The last part is the dense form's own cost; multiples of 8 run best.
+            every = (end * part / 9 for part in range(1, 9))
+            ranks = {max(1, math.floor(rank / 8) * 8) for rank in every}
+            make = self._prefix if form == "prefix" else self._gauge
+            for rank in sorted(ranks):
+                runs[form, rank] = make(out, in_, rank)
+        return runs
 
     def _time(self, run: Callable[[], Tensor]) -> float:
         device = self._options["device"]

@@ -41,8 +41,8 @@ __all__ = ["NestedLinear", "Plan"]
 _MASTERS = ("up", "down", "down_bias", "up_bias")
 _GAUGE = ("skeleton", "skeleton_bias", "interpolation", "interpolation_bias")
 # The Parameter "up" that was cut; below how many numbers of an input two products with
-# the two matrices after it do; else the arguments of what stands last.
-_Cut = tuple[Tensor, int, Any, Any, tuple, Callable[..., Tensor]] | tuple[()] | None
+# the two matrices at the end do; else the arguments and what to call with them.
+_Cut = tuple[Tensor, int, tuple, Callable[..., Tensor], Any, Any] | tuple[()] | None
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -231,7 +231,7 @@ class NestedLinear(nn.Module):
             # An empty cut is the original nn.Linear.
             known = cut is not None
             return linear(x, self.weight, self.bias) if known else self._any(x)
-        master, few, down_t, up, arguments, run = cut
+        master, few, arguments, run, down_t, up = cut
         if master is not self._parameters["up"] or master.requires_grad:
             return self._any(x)
         if x.numel() < few and x.ndim == 2:
@@ -310,11 +310,11 @@ class NestedLinear(nn.Module):
                 cuts.append(None)
             elif form == "gauge":
                 arguments = (*self._gauge(rank), self._contiguous_output)
-                cuts.append((self.up, 0, None, None, arguments, run_gauge))
+                cuts.append((self.up, 0, arguments, run_gauge, None, None))
             else:
                 arguments = tuple(part.detach() for part in self._prefix(rank))
                 ready = arguments[0].t(), arguments[2].t()
-                cuts.append((self.up, few, *ready, arguments, run_prefix))
+                cuts.append((self.up, few, arguments, run_prefix, *ready))
         self._cuts = cuts
 
     def _link(self) -> None:
