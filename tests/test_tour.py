@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from mycelya_torch import get_all_machines
-from tools.tour import experts, figures, fusion_row, measures, report, run, table
+from tools.tour import (
+    experts,
+    figures,
+    fusion_row,
+    loraven_row,
+    measures,
+    report,
+    run,
+    table,
+)
 from tools.tour.corpus import (
     SHARED_WORDS,
     Corpus,
@@ -308,6 +317,9 @@ class TestReport:
             "code model",
             "average of both",
             "fused model",
+            "budget 1",
+            "budget 0.7",
+            "budget 0.5",
             "exact attention",
             "sparse attention",
             "in a worker",
@@ -321,13 +333,27 @@ class TestReport:
             rows[f"{domain} model"]["cache_bytes"] for domain in DOMAINS
         )
 
+    def test_a_family_of_budgets(self, tour):
+        rows = {row["name"]: row for row in tour[0]["rows"]}
+        dense, full = rows["fused model"], rows["budget 1"]
+        assert full["bits"] == dense["bits"]
+        assert full["parameters"] == dense["parameters"]
+        assert dense["parameters"] > rows["budget 0.7"]["parameters"]
+        assert rows["budget 0.7"]["parameters"] > rows["budget 0.5"]["parameters"]
+        bits, equal, work = tour[0]["checks"][3:6]
+        assert "1.03 at 0.7" in bits["promised"]
+        assert equal["kept"], equal
+        assert work["kept"], work
+        curve = next(e for e in tour[0]["exhibits"] if "budget" in e["title"])
+        assert [x for x, _ in curve["series"]["code"]] == list(loraven_row.LEVELS)
+
     def test_other_attention_predicts_the_same(self, tour):
         rows = {row["name"]: row for row in tour[0]["rows"]}
         here, exact = rows["fused model"], rows["exact attention"]
         assert exact["bits"] == pytest.approx(here["bits"], abs=1e-4)
         assert exact["cache_bytes"] == here["cache_bytes"]
         assert rows["sparse attention"]["bits"] != here["bits"]
-        checks = tour[0]["checks"][3:6]
+        checks = tour[0]["checks"][6:9]
         assert [check["kept"] for check in checks] == [True] * 3, checks
         assert "blockwise attention" in checks[0]["promised"]
 
@@ -336,7 +362,7 @@ class TestReport:
         here, there = rows["fused model"], rows["in a worker"]
         for name in ("bits", "bits_per_byte", "parameters", "cache_bytes"):
             assert there[name] == here[name]
-        checks = tour[0]["checks"][6:]
+        checks = tour[0]["checks"][9:]
         assert [check["kept"] for check in checks] == [True] * 4, checks
         assert f"this one is {os.getpid()}" in checks[0]["measured"]
         assert get_all_machines() == []

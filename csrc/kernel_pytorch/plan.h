@@ -102,16 +102,23 @@ static inline int kp_kind(const kp_plan* p, int64_t batch, int64_t q0,
   return count ? KP_MIXED : kind;
 }
 
+// The first and last key that the window and causality show to query i.
+static inline void kp_span(const kp_args* a, int64_t i, int64_t* low,
+                           int64_t* high) {
+  *low = 0, *high = a->kv_len - 1;
+  if (a->window) {
+    *low = i - a->window + 1;
+    *high = kp_min(*high, i + a->window - 1);
+  }
+  if (a->causal) *high = kp_min(*high, i);
+}
+
 // One bit for each key of the panel at k0 that query i sees.
 static inline uint64_t kp_bits(const kp_plan* p, int64_t batch, int64_t i,
                                int64_t k0) {
   const kp_args* a = p->a;
-  int64_t low = 0, high = a->kv_len - 1;
-  if (a->window) {
-    low = i - a->window + 1;
-    high = kp_min(high, i + a->window - 1);
-  }
-  if (a->causal) high = kp_min(high, i);
+  int64_t low, high;
+  kp_span(a, i, &low, &high);
   low = kp_max(low - k0, 0);
   high = kp_min(high - k0, KP_PANEL - 1);
   if (low > high) return 0;

@@ -262,12 +262,8 @@ static void KP(select_row)(const KP(survey) * s, KP(ground) * w, int64_t b,
 static uint64_t KP(far_bits)(const kp_plan* p, int64_t b, int64_t i,
                              const int64_t* at, int64_t count) {
   const kp_args* a = p->a;
-  int64_t low = 0, high = a->kv_len - 1;
-  if (a->window) {
-    low = i - a->window + 1;
-    high = kp_min(high, i + a->window - 1);
-  }
-  if (a->causal) high = kp_min(high, i);
+  int64_t low, high;
+  kp_span(a, i, &low, &high);
   uint64_t bits = 0;
   for (int64_t j = 0; j < count; j++)
     bits |= (uint64_t)(at[j] >= low && at[j] <= high) << j;

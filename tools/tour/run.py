@@ -16,7 +16,14 @@ from typing import Any
 import torch
 import transformers
 
-from tools.tour import experts_row, fusion_row, kernel_row, measures, mycelya_row
+from tools.tour import (
+    experts_row,
+    fusion_row,
+    kernel_row,
+    loraven_row,
+    measures,
+    mycelya_row,
+)
 from tools.tour.corpus import Corpus, cut_test_windows, load_corpus
 from tools.tour.experts import prepare_experts
 from tools.tour.report import write_report
@@ -29,6 +36,7 @@ HERE = Path(__file__).parent
 CHAPTERS = (
     experts_row.chapter,
     fusion_row.chapter,
+    loraven_row.chapter,
     kernel_row.chapter,
     mycelya_row.chapter,
 )
@@ -53,7 +61,8 @@ def run_seed(
     """Every chapter with one seed's models; times and exhibits only if `full`."""
     experts = prepare_experts(settings, corpus, cache)
     test = cut_test_windows(corpus, windows, WINDOW)
-    story = Story(settings.seed, experts, test)
+    texts = {domain: corpus.text(domain) for domain in settings.recipes()}
+    story = Story(settings.seed, experts, test, texts)
     result = SeedResult(
         settings.seed, training_seconds=experts.seconds, cached=experts.cached
     )

@@ -123,12 +123,14 @@ class Chapter:
 class Story:
     """What chapters share: seed, trained models' folders, held-out windows.
 
-    `windows` has int64 [B, T] of "prose", "code" and "switch"; `models` is filled by
-    the chapters, in their order; `cleanup` ends what they started.
+    `windows` has int64 [B, T] of "prose", "code" and "switch"; `texts` is what the
+    models were trained on, by domain; `models` is filled by the chapters, in their
+    order; `cleanup` ends what they started.
     """
 
     seed: int
     experts: Experts
     windows: dict[str, Tensor]
+    texts: dict[str, bytes]
     models: dict[str, Any] = field(default_factory=dict)
     cleanup: ExitStack = field(default_factory=ExitStack)

@@ -4,7 +4,11 @@
 import _ctypes
 import hashlib
 import json
+import os
 import resource
+import shlex
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -33,6 +37,32 @@ def elf(machine):
     """The head of a library for another processor."""
     head = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
     return head + (3).to_bytes(2, "little") + machine.to_bytes(2, "little") + bytes(200)
+
+
+@pytest.mark.critical
+def test_where_a_compiler_works_there_is_a_library(tmp_path):
+    """So that no failed build hides behind what other tests skip."""
+    given = os.environ.get("CC")
+    found = map(shutil.which, ("cc", "gcc", "clang"))
+    compiler = shlex.split(given) if given else [next(filter(None, found), "")]
+    source = tmp_path / "one.c"
+    source.write_text("int one(void) { return 1; }\n")
+    try:
+        command = [
+            *compiler,
+            "-shared",
+            "-fPIC",
+            str(source),
+            "-o",
+            str(tmp_path / "o"),
+        ]
+        works = (
+            subprocess.run(command, capture_output=True, check=False).returncode == 0
+        )
+    except OSError:
+        works = False
+    status = native.native_status()
+    assert status.available or not works, status.reason
 
 
 @pytest.mark.critical

@@ -418,6 +418,23 @@ def test_fake_tensors_give_shapes():
     assert found.missed_mass.shape == (2, 2, 16)
 
 
+@pytest.mark.parametrize("name", ["key_padding", "documents", "logits"])
+def test_the_raw_operator_reads_nothing_outside(name):
+    q, k = inputs(64)
+    parts = {
+        "key_padding": torch.ones(2, 64, dtype=torch.bool),
+        "documents": torch.zeros(2, 64, dtype=torch.int64),
+        "logits": torch.zeros(2, 2, 4, 4),
+    }
+    raw = torch.ops.kernel_pytorch.select_blocks
+    numbers = (16, False, 0, 0.5, 0.0, False)
+    if fits(q, k, MaskSpec(), 16):
+        assert raw(q, k, *parts.values(), *numbers)[0].shape == (2, 2, 4)
+    parts[name] = parts[name][..., :3]
+    with pytest.raises(ValueError, match=rf"{name}.*\(2, .*3\).*it must be"):
+        raw(q, k, *parts.values(), *numbers)
+
+
 def test_errors():
     q, k = inputs(64)
     mask = MaskSpec(bias=torch.zeros(64, 64))

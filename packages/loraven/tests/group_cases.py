@@ -30,9 +30,9 @@ def data(rank):
     return [torch.randn(n, 64, generator=random) * mix + rank for n in sizes]
 
 
-def converted(batches):
+def converted(batches, **options):
     model = make()
-    summary = loraven.convert(model, batches, levels=(0.3, 0.6, 1.0))
+    summary = loraven.convert(model, batches, levels=(0.3, 0.6, 1.0), **options)
     return model, summary
 
 
@@ -117,6 +117,8 @@ def worker(rank, folder):
         "plans": [list(map(tuple, m.plans)) for m in model if hasattr(m, "plans")],
         "tokens": summary.tokens,
         "costs": [found.cost_fraction for found in summary.levels.values()],
+        # Without random projections, that are others in a single process.
+        "plain": converted(data(rank), sensitivity=False)[0].state_dict(),
         "failing": failing(rank),
         "parting": parting(rank),
     }

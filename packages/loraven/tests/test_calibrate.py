@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from loraven.batches import Judge
 from loraven.calibrate import calibrate, count_macs
 from loraven.eligible import find_targets
 
@@ -156,7 +157,8 @@ def test_a_layer_whose_input_the_mask_does_not_fit_is_skipped():
     targets, _ = find_targets(model)
     result = calibrate(model, [batch], targets)
     assert "(40, 8, 64) and (8, 40)" in result.skipped["a"]
-    whole = calibrate(model, [batch], targets, lambda b: b["attention_mask"].T > 0)
+    judge = Judge(None, lambda b: b["attention_mask"].T > 0, metrics=False)
+    whole = calibrate(model, [batch], targets, judge)
     assert whole.moments["a"].tokens == int(mask.sum())
 
 
@@ -214,3 +216,30 @@ def test_macs_are_those_of_torchs_counter(bert, sentences):
     assert own["encoder.layer.0.intermediate.dense"] == 16 * 12 * 64 * 128
     assert own["pooler.dense"] == 16 * 64 * 64
     assert sum(own.values()) < total
+
+
+@pytest.mark.critical
+def test_a_layer_that_the_output_does_not_need_is_left_alone():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.other = nn.Linear(64, 64)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return self.head(h), self.other(h)
+
+    torch.manual_seed(0)
+    model = TwoHeads()
+    targets, _ = find_targets(model)
+    data = [torch.randn(200, 64)]
+    result = calibrate(model, data, targets, Judge())
+    assert set(result.metrics) == set(result.moments) == {"body", "head"}
+    assert "does not need it" in result.skipped["other"]
+    both = calibrate(model, data, targets, Judge(lambda found: torch.cat(found, -1)))
+    assert set(both.metrics) == {"body", "head", "other"}
+    alone = calibrate(model, data, targets)
+    assert (set(alone.moments), alone.metrics) == (set(both.moments), {})
+    for name, moments in alone.moments.items():
+        assert torch.equal(moments.covariance, both.moments[name].covariance)

@@ -4,7 +4,7 @@
 import inspect
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraven import EnergyEstimator, PerfEstimator, get_default_hardware_profile
@@ -124,6 +124,7 @@ def test_estimate_all(estimator):
 sizes = st.integers(1, 3000)
 
 
+@settings(deadline=None)
 @given(sizes, sizes, st.integers(1, 4000), st.integers(1, 5000), st.integers(1, 9))
 def test_strictly_monotone_in_rank_and_batch(inside, outside, rank, batch, more):
     estimator = EnergyEstimator({})

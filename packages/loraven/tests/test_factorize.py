@@ -278,3 +278,16 @@ def test_all_reduce_alone_changes_nothing():
     before = statistics.finish()
     statistics.all_reduce()
     assert torch.equal(statistics.finish().covariance, before.covariance)
+
+
+def test_a_diagonal_metric_is_that_matrix():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    moments = Moments(torch.zeros(7), torch.eye(7), 100, False)
+    diagonal = torch.linspace(0.1, 3, 5)
+    one = output_pca(weight, None, moments, metric=diagonal)
+    two = output_pca(weight, None, moments, metric=diagonal.diag())
+    torch.testing.assert_close(one.tail, two.tail)
+    torch.testing.assert_close(one.up.T @ one.down, two.up.T @ two.down)
+    with pytest.raises(ValueError, match=r"metric of shape \(1, 1, 1\)"):
+        output_pca(weight, None, moments, metric=torch.ones(1, 1, 1))

@@ -76,6 +76,7 @@ def linear_rank(values, r_min, r_max, factor, norm) -> float:
     return r_min + (float(mean) + std * factor + bonus) * (r_max - r_min)
 
 
+@settings(deadline=None)
 @given(
     scores, st.integers(1, 40), st.integers(0, 200), st.floats(0, 2), st.floats(0, 30)
 )
@@ -178,7 +179,7 @@ def brute_force(values, r_min, energies, budget, alpha, beta) -> int:
 eighths = st.lists(st.integers(0, 8).map(lambda k: k / 8), min_size=1, max_size=4)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     eighths,
     st.integers(1, 10),
@@ -203,7 +204,7 @@ def test_energy_aware_is_the_argmax(values, r_min, steps, budget, weights, rows)
     assert found == r_min or energies[found] <= budget
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     scores,
     scores,

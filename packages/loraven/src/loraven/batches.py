@@ -8,6 +8,7 @@ to is never guessed.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 
 from torchworks_core.errors import InvalidValue
 
-__all__ = ["Examples", "check_iterable", "evaluating", "main_output", "run", "valid"]
+__all__ = [
+    "Examples",
+    "Judge",
+    "check_iterable",
+    "evaluating",
+    "main_output",
+    "run",
+    "valid",
+]
 
 Output = Callable[[Any], Tensor] | None
 TokenMask = Callable[[Any], Tensor] | None
@@ -40,6 +49,27 @@ def run(model: nn.Module, batch: Any) -> Any:
         return model(**batch)
     kind = type(batch).__name__
     raise TypeError(f"a batch is a Tensor, a tuple or a Mapping, not a {kind}")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """By what the layers of a model are judged.
+
+    Attributes:
+        output: see `main_output`.
+        token_mask: see `valid`.
+        metrics: whether they are judged by that output at all, or only by their
+            own errors.
+    """
+
+    output: Output = None
+    token_mask: TokenMask = None
+    metrics: bool = True
+
+    def judged(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the model; its output, and the mask of valid positions."""
+        found = main_output(run(model, batch), self.output)
+        return found, valid(batch, self.token_mask)
 
 
 def check_iterable(batches: Any, what: str) -> None:

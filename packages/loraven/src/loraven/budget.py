@@ -33,6 +33,16 @@ class BudgetExhaustedException(NotReady):
         layer_id: The layer that asked.
         remaining: What was left, in mJ per sample.
         requested: What the layer would have got, in mJ per sample.
+
+    Example:
+        >>> manager = BudgetManager(total_budget=0.1)
+        >>> manager.on_exhausted = "raise"
+        >>> budget = manager.allocate_budget("first", 1.0, (512, 512))
+        >>> try:
+        ...     manager.allocate_budget("second", 1.0, (512, 512))
+        ... except BudgetExhaustedException as error:
+        ...     error.layer_id, error.remaining
+        ('second', 0.0)
     """
 
     def __init__(self, layer_id: str, remaining: float, requested: float) -> None:

@@ -5,7 +5,8 @@ Hooks look at each layer's input. Layers that receive the identical tensor (quer
 key, value) share one set of sums: the first of them keeps it, the others follow as
 long as they see the same tensors in every batch. Positions that the mask calls
 padding enter no sum; a layer whose input the mask can't be matched to is left out
-rather than guessed.
+rather than guessed. The same forward gives the gradients of the output that the
+layers are to be judged by, if they are; a layer without influence on it is left out.
 
 Under a process group, every process brings its own batches, the sums are added up,
 and a failure of one process is raised by all of them instead of letting them wait.
@@ -13,9 +14,10 @@ and a failure of one process is raised by all of them instead of letting them wa
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +25,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraven.batches import Examples, TokenMask, evaluating, run, select, valid
+from loraven.batches import Examples, Judge, evaluating, run, select, valid
 from loraven.eligible import Target
-from loraven.factorize import InputStatistics, Moments
+from loraven.factorize import Factors, InputStatistics, Moments
+from loraven.importance import DamageCurves, OutputMetrics, Projection, gradients
 from torchworks_core.errors import InvalidValue, NotReady
 
-__all__ = ["Calibration", "calibrate", "count_macs", "gathered"]
+__all__ = ["Calibration", "calibrate", "count_macs", "damages", "gathered"]
 
-EXAMPLES = 96
+EXAMPLES, PROJECTIONS = 96, 2
+_MOMENTS_ONLY = Judge(metrics=False)
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Calibration:
     Attributes:
         moments: for each layer that can be converted the moments of its input;
             layers with equal inputs share one object.
+        metrics: for each of them the metric of its output's errors; empty where
+            nothing judges.
         rows: for each of them how many vectors went in, padding included: that is
             what it costs.
         calls: how often it ran.
@@ -49,6 +55,7 @@ class Calibration:
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -60,25 +67,26 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     targets: Sequence[Target],
-    token_mask: TokenMask = None,
+    judge: Judge = _MOMENTS_ONLY,
 ) -> Calibration:
     """Run ``model`` over ``batches`` and take the moments of the layers' inputs.
 
     Args:
-        model: it runs without gradients, in evaluation mode; its flags and hooks
-            are afterwards as before, whatever happens.
+        model: it runs in evaluation mode; its flags and hooks are afterwards as
+            before, whatever happens.
         batches: see `loraven.batches.run`; read once.
         targets: the layers to look at.
-        token_mask: see `loraven.batches.valid`.
+        judge: which positions count, and what the layers are judged by.
 
     Raises:
-        InvalidValue: there is no batch, or an input is not finite.
+        InvalidValue: there is no batch, or an input, the output or a gradient is
+            not finite, or there are no gradients.
         NotReady: another process of the group failed.
     """
-    watch, examples = _Watch(targets), Examples(EXAMPLES)
+    watch, examples = _Watch(targets, judge.metrics), Examples(EXAMPLES)
     failed: Exception | None = None
     try:
-        _pass(model, batches, watch, examples, token_mask)
+        _pass(model, batches, watch, examples, judge)
     except Exception as error:
         failed = error
     error = None if failed is None else repr(failed)
@@ -101,7 +109,7 @@ def _pass(
     batches: Iterable[Any],
     watch: "_Watch",
     examples: Examples,
-    token_mask: TokenMask,
+    judge: Judge,
 ) -> None:
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -109,10 +117,13 @@ def _pass(
             hook = watch.hook(target)
             handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
-        count = 0
+        count, generator = 0, torch.Generator().manual_seed(0)
         for count, batch in enumerate(batches, 1):  # noqa: B007
-            watch.begin(valid(batch, token_mask))
-            run(model, batch)
+            watch.begin(valid(batch, judge.token_mask))
+            if not judge.metrics:
+                run(model, batch)
+            else:
+                watch.judge(partial(judge.judged, model, batch), generator)
             watch.end()
             examples.add(batch)
     if not count:
@@ -121,11 +132,49 @@ def _pass(
         )
 
 
+def _gradients(
+    forward: Callable[[], tuple[Tensor, Tensor | None]],
+    targets: Sequence[Target],
+    generator: torch.Generator,
+) -> Iterator[Projection]:
+    sites = {target.name: target.module for target in targets}
+    return gradients(forward, sites, projections=PROJECTIONS, generator=generator)
+
+
+def damages(
+    model: nn.Module,
+    batches: Sequence[Any],
+    targets: Sequence[Target],
+    factors: dict[str, Factors],
+    judge: Judge,
+) -> dict[str, list[float]]:
+    """What every rank of every layer does to the output that is judged by.
+
+    Args:
+        model: it runs once for each batch, in evaluation mode.
+        batches: the examples to judge by.
+        targets: the layers.
+        factors: their factors by name.
+        judge: picks the output.
+
+    Returns:
+        By name, the expected relative squared change of the output at ranks 0 to R.
+    """
+    curves, generator = DamageCurves(factors), torch.Generator().manual_seed(1)
+    with evaluating(model):
+        for batch in batches:
+            forward = partial(judge.judged, model, batch)
+            for projection in _gradients(forward, targets, generator):
+                curves.add(projection)
+    return {name: curve.tolist() for name, curve in curves.finish().items()}
+
+
 class _Watch:
     """The sums of all layers, filled by hooks on one forward after another."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], judged: bool) -> None:
         self.targets = targets
+        self.judged, self.metrics = judged, OutputMetrics()
         self.sums: dict[str, InputStatistics] = {}
         # The layer whose sums a layer uses: itself or another one.
         self.owner: dict[str, str] = {}
@@ -179,6 +228,21 @@ class _Watch:
             self.sums[name] = InputStatistics(target.in_features, x.device)
         self.sums[name].add(rows)
 
+    def judge(
+        self,
+        forward: Callable[[], tuple[Tensor, Tensor | None]],
+        random: torch.Generator,
+    ) -> None:
+        """Run the model, and take the gradients of its output."""
+        try:
+            for projection in _gradients(forward, self.targets, random):
+                self.metrics.add(projection)
+        except InvalidValue:
+            # What went in may be the reason: then that is the better error.
+            for name, sums in self.sums.items():
+                _moments(name, sums)
+            raise
+
     def end(self) -> None:
         """After a forward: drop the layers that went another way than their owner."""
         for name, owner in self.owner.items():
@@ -197,6 +261,7 @@ class _Watch:
             sums.all_reduce()
             if sums.tokens:
                 moments[owner] = _moments(owner, sums)
+        judged = self._metrics(targets, set(moments))
         for target in targets:
             name, owner = target.name, self.owner.get(target.name)
             if owner in self.skipped and owner != name:
@@ -207,12 +272,27 @@ class _Watch:
                 self.skipped[name] = "never ran during calibration"
             elif owner not in moments:
                 self.skipped[name] = "saw padding only"
+            elif self.judged and name not in judged:
+                self.skipped[name] = "the output that is judged by does not need it"
             else:
                 result.moments[name] = moments[owner]
+                if self.judged:
+                    result.metrics[name] = judged[name]
                 result.rows[name] = sum(rows[name] for rows, _ in totals)
                 result.calls[name] = sum(calls[name] for _, calls in totals)
         result.tokens = max((m.tokens for m in moments.values()), default=0)
         return result
+
+    def _metrics(
+        self, targets: Sequence[Target], owners: set[str]
+    ) -> dict[str, Tensor]:
+        """The metrics of the layers whose moments are known."""
+        if not self.judged:
+            return {}
+        for target in targets:
+            if self.owner.get(target.name) in owners:
+                self.metrics.all_reduce(target.name, target.matrix())
+        return self.metrics.finish()
 
 
 def _moments(name: str, sums: InputStatistics) -> Moments:

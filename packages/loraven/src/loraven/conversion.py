@@ -22,8 +22,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from loraven.allocate import allocate
-from loraven.batches import Output, TokenMask, check_iterable
-from loraven.calibrate import Calibration, calibrate, count_macs, gathered
+from loraven.batches import Judge, Output, TokenMask, check_iterable
+from loraven.calibrate import (
+    Calibration,
+    calibrate,
+    count_macs,
+    damages,
+    gathered,
+)
 from loraven.checks import integer
 from loraven.eligible import Target, find_targets
 from loraven.factorize import Factors, Pivots, output_pca, pivot
@@ -31,7 +37,6 @@ from loraven.family import Family, install, is_converted
 from loraven.forms import Choice, choices, cost_function, form_macs
 from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
-from loraven.sensitivity import sensitivities
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 from torchworks_core.errors import InvalidValue, NotReady
 
@@ -80,9 +85,10 @@ def convert(
         include: shell patterns of the names to convert; None: all.
         exclude: shell patterns of the names to leave alone.
         min_features: smaller layers are left alone.
-        sensitivity: weigh layers by what the model's output minds, which takes one
-            run over at most 96 examples for each layer; False: by their own
-            relative error, which is quick and much worse.
+        sensitivity: weigh errors by what they do to the model's output, by two
+            backward passes for each batch; False: each layer by its own relative
+            error, for models without gradients; much worse. Layers that the output
+            does not depend on are left alone.
         output: picks the tensor that quality is judged by; None: the output itself,
             ``logits``, ``last_hidden_state``, or the first Tensor.
         token_mask: gives for a batch the mask of its valid positions, in the layout
@@ -119,11 +125,12 @@ def convert(
     check_iterable(calibration, "calibration")
     targets, skipped = find_targets(model, include, exclude, min_features)
     _require(targets, skipped)
-    found = calibrate(model, calibration, targets, token_mask)
+    _check_weights(targets)
+    judge = Judge(output, token_mask, sensitivity)
+    found = calibrate(model, calibration, targets, judge)
     targets = [target for target in targets if target.name in found.moments]
     skipped |= found.skipped
     _require(targets, skipped)
-    judge = {"output": output, "token_mask": token_mask} if sensitivity else None
     layers, plans = _plan(model, targets, found, ordered, cost, judge)
     modules = tuple(
         NestedLinear(
@@ -185,6 +192,14 @@ def _check_functions(**functions: Any) -> None:
             raise TypeError(f"{name}={value!r}: a function or None is needed")
 
 
+def _check_weights(targets: Sequence[Target]) -> None:
+    for target in targets:
+        bias = target.module._parameters.get("bias")
+        if not all(t is None or t.isfinite().all() for t in (target.matrix(), bias)):
+            why = "its weight or bias holds NaN or infinity"
+            raise InvalidValue(f"layer {target.name!r}", why, "Mend it or exclude it")
+
+
 def _require(targets: Sequence[Target], skipped: dict[str, str]) -> None:
     if not targets:
         reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
@@ -198,17 +213,17 @@ def _plan(
     found: Calibration,
     levels: tuple[float, ...],
     cost: Cost,
-    judge: dict[str, Any] | None,
+    judge: Judge,
 ) -> tuple[list[_Layer], list[list[Choice]]]:
     """Layers with their factors, and for each of them one choice for each level."""
-    error, layers, weights = None, [], []
+    error, layers, curves = None, [], []
     try:
         layers = _factorise(targets, found, cost)
-        weights = _weigh(model, layers, found, judge)
+        curves = _damages(model, layers, found, judge)
     except Exception as problem:
         error = problem
     tables = [layer.choices for layer in layers]
-    everyone = gathered((None if error is None else repr(error), weights, tables))
+    everyone = gathered((None if error is None else repr(error), curves, tables))
     if error is not None:
         raise error
     for rank, (problem, _, _) in enumerate(everyone):
@@ -219,7 +234,10 @@ def _plan(
         layer._replace(choices=[Choice(*choice) for choice in table])
         for layer, table in zip(layers, everyone[0][2], strict=True)
     ]
-    mean = [sum(w) / len(everyone) for w in zip(*(e[1] for e in everyone), strict=True)]
+    mean = [
+        [sum(values) / len(everyone) for values in zip(*same, strict=True)]
+        for same in zip(*(curves for _, curves, _ in everyone), strict=True)
+    ]
     return layers, _choose(layers, mean, levels)
 
 
@@ -232,10 +250,8 @@ def _factorise(
     for target in targets:
         name, weight = target.name, target.matrix()
         bias = target.module._parameters.get("bias")
-        try:
-            factors = output_pca(weight, bias, found.moments[name])
-        except InvalidValue as problem:
-            raise InvalidValue(f"layer {name!r}", str(problem)) from problem
+        metric = found.metrics.get(name)
+        factors = output_pca(weight, bias, found.moments[name], metric=metric)
         pivots = pivot(factors.up)
         price, times = shared, found.rows[name]
         if price is None:
@@ -258,33 +274,26 @@ def _factorise(
     return layers
 
 
-def _weigh(
-    model: nn.Module,
-    layers: Sequence[_Layer],
-    found: Calibration,
-    judge: dict[str, Any] | None,
-) -> list[float]:
-    """What one unit of each layer's error energy costs."""
-    if judge is None:
-        return [
-            1 / layer.factors.energy if layer.factors.energy else 0.0
-            for layer in layers
-        ]
-    targets = [layer.target for layer in layers]
+def _damages(
+    model: nn.Module, layers: Sequence[_Layer], found: Calibration, judge: Judge
+) -> list[list[float]]:
+    """What each rank of each layer does to the output, or to the layer's own."""
     factors = {layer.target.name: layer.factors for layer in layers}
-    weights = sensitivities(model, found.examples, targets, factors, **judge)
-    return [weights[target.name] for target in targets]
+    if judge.metrics:
+        targets = [layer.target for layer in layers]
+        curves = damages(model, found.examples, targets, factors, judge)
+        return [curves[target.name] for target in targets]
+    return [(f.tail / (f.energy or 1.0)).tolist() for f in factors.values()]
 
 
 def _choose(
-    layers: Sequence[_Layer], weights: Sequence[float], levels: tuple[float, ...]
+    layers: Sequence[_Layer], curves: Sequence[list[float]], levels: tuple[float, ...]
 ) -> list[list[Choice]]:
     costs = [[c.cost * layer.times for c in layer.choices] for layer in layers]
-    losses = []
-    for layer, weight in zip(layers, weights, strict=True):
-        tail = layer.factors.tail
-        left = [weight * float(tail[choice.rank]) for choice in layer.choices[:-1]]
-        losses.append([*left, 0.0])
+    losses = [
+        [*(curve[choice.rank] for choice in layer.choices[:-1]), 0.0]
+        for layer, curve in zip(layers, curves, strict=True)
+    ]
     dense = sum(cost[-1] for cost in costs)
     picked = allocate(costs, losses, dense, levels)
     return [

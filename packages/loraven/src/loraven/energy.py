@@ -81,6 +81,13 @@ class PerfEstimator(ABC):
         TypeError: not a mapping, or a value of the wrong type.
         InvalidValue: an unknown key, or a value that is negative or not finite, or
             zero where it divides.
+
+    Example:
+        >>> class Weights(PerfEstimator):
+        ...     def estimate(self, layer_dims, rank):
+        ...         return float(rank * sum(layer_dims))
+        >>> Weights({"gpu_cores": 132}).estimate((64, 32), 8)
+        768.0
     """
 
     def __init__(self, hardware_profile: Mapping[str, Any]) -> None:

@@ -264,9 +264,9 @@ def output_pca(
             device.
         bias: (out,) or None.
         moments: Of the layer's input.
-        metric: (out, out), symmetric positive definite, or None for the identity.
-            Errors are measured as e^T metric e, as the mean outer product of the
-            gradients at the output would weigh them.
+        metric: (out, out), symmetric positive definite, or (out,), a diagonal, or
+            None for the identity. Errors are measured as e^T metric e, as the mean
+            outer product of the gradients at the output would weigh them.
 
     Returns:
         Factors in float64. R is min(in, out) less the directions without energy,
@@ -291,10 +291,11 @@ def output_pca(
     scaled, back = weight, None
     if metric is not None:
         root, back = _roots(metric.detach().to(weight))
-        scaled = root @ weight
+        scaled = root @ weight if root.ndim == 2 else root[:, None] * weight
     basis, energies = _principal(scaled, covariance)
-    rank = basis.shape[1]
-    up = basis.T if back is None else basis.T @ back
+    rank, up = basis.shape[1], basis.T
+    if back is not None:
+        up = up @ back if back.ndim == 2 else up * back
     down = basis.T @ scaled
     up_bias = weight @ mean
     if bias is not None:
@@ -311,11 +312,13 @@ def _check(
     if weight.ndim != 2 or not weight.numel():
         raise InvalidValue(f"weight of shape {tuple(weight.shape)}", "it is (out, in)")
     rows, columns = weight.shape
+    if metric is not None and metric.ndim not in (1, 2):
+        raise InvalidValue(f"metric of shape {tuple(metric.shape)}", "it is (out, out)")
     wanted = {
         "bias": (bias, (rows,)),
         "moments.mean": (moments.mean, (columns,)),
         "moments.covariance": (moments.covariance, (columns, columns)),
-        "metric": (metric, (rows, rows)),
+        "metric": (metric, (rows,) * (1 if metric is None else metric.ndim)),
         "weight": (weight, (rows, columns)),
     }
     for name, (value, shape) in wanted.items():
@@ -330,13 +333,18 @@ def _check(
 
 def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square root of a positive definite matrix, and its inverse."""
-    values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
-    if not values[0] > values[-1] * _NOISE:
-        why = f"its eigenvalues run from {float(values[0]):.3g} to {values[-1]:.3g}"
+    if metric.ndim == 1:
+        values, vectors = metric, metric
+    else:
+        values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
+    if not values.min() > values.max() * _NOISE:
+        why = f"its eigenvalues run from {values.min():.3g} to {values.max():.3g}"
         raise InvalidValue(
             "metric", why, "Add a multiple of the identity to make it positive definite"
         )
     root = values.sqrt()
+    if metric.ndim == 1:
+        return root, root.reciprocal()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 

@@ -28,6 +28,8 @@ from torchworks_core.errors import InvalidValue
 
 _MEMORY = 8
 _ROUNDING = 1e-6
+# Up to here Python is faster than the kernels' start.
+_SMALL = 64
 
 
 class RankScheduler(ABC):
@@ -304,6 +306,8 @@ def _mean_and_std(scores: torch.Tensor) -> tuple[float, float]:
         # The case where the decision's own time counts: no kernel but the transfer.
         mean, std = scores.item(), 0.0
         mean = mean if math.isnan(mean) else min(max(mean, 0.0), 1.0)
+    elif count <= _SMALL and scores.is_cpu:
+        mean, std = _short(scores.detach().reshape(-1).tolist())
     else:
         wide = scores if scores.dtype == torch.float64 else scores.float()
         pair = torch.std_mean(wide.detach().clamp(0.0, 1.0), correction=0)
@@ -312,3 +316,15 @@ def _mean_and_std(scores: torch.Tensor) -> tuple[float, float]:
         do = "Find out where they come from: a layer's input was not finite, perhaps"
         raise InvalidValue("complexity_scores", "they hold NaN", do)
     return mean, std
+
+
+def _short(values: list[float]) -> tuple[float, float]:
+    count = len(values)
+    mean = sum(values) / count
+    if math.isnan(mean):
+        return mean, 0.0
+    if min(values) < 0.0 or max(values) > 1.0:
+        values = [min(max(value, 0.0), 1.0) for value in values]
+        mean = sum(values) / count
+    apart = [value - mean for value in values]
+    return mean, math.sqrt(sum([gap * gap for gap in apart]) / count)

@@ -23,7 +23,8 @@ class LayerSummary:
         ranks: rank at each level; min(in, out) where it runs dense.
         forms: "dense", "prefix" or "gauge" at each level.
         expected_error: at each level the expected squared error on data like the
-            calibration's, as a share of the output's variance, in [0, 1].
+            calibration's, as a share of the layer's output variance, in [0, 1]; both
+            weighed by what the model's output depends on.
     """
 
     name: str

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subcommands of ``loraven``; imported by `loraven.cli` alone, needs ``[cli]``.
+
+Decisions:
+- A model is a folder of transformers, read without a network and without running
+  code out of it. Its class is the one that its config names.
+- Texts are a file with one example on each line. Padding is made here, so that a
+  tokenizer without a padding token will do; the attention mask says what is real.
+- Without ``--factors`` audit and bench convert with every other text and measure on
+  the rest: a file in some order doesn't set them apart.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import loraven
+from loraven.batches import main_output, run, valid
+from loraven.meter import as_device
+from torchworks_core import bench as timing
+from torchworks_core.errors import CorruptFile, InvalidValue, MissingFile
+
+Batch = dict[str, torch.Tensor]
+_WEIGHING = "factorising and weighing the layers"
+
+app = typer.Typer(
+    help="Turn a model's linear layers into one family of compute budgets.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Folder = Annotated[Path, typer.Argument(help="A transformers model's folder.")]
+Texts = Annotated[Path, typer.Option(help="Text file, one example on each line.")]
+Factors = Annotated[
+    Path | None, typer.Option(help="Folder that convert wrote; else convert first.")
+]
+Levels = Annotated[str, typer.Option(help="Budgets in (0, 1], with commas between.")]
+Cost = Annotated[str, typer.Option(help="macs, latency or energy.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of an example.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
+
+
+class Source(NamedTuple):
+    """Where a model comes from, and how its texts become batches."""
+
+    folder: Path
+    texts: list[str]
+    batch_size: int
+    max_length: int
+    device: torch.device
+
+
+@app.command()
+def convert(
+    model_dir: Folder,
+    texts: Texts,
+    out: Annotated[Path, typer.Option(help="Folder for the factors.")],
+    levels: Levels = "0.3,0.5,0.7,1.0",
+    cost: Cost = "macs",
+    include: Annotated[list[str] | None, typer.Option(help="Shell pattern.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Shell pattern.")] = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 128,
+    device: Device = "cpu",
+) -> None:
+    """Convert a model with unlabelled texts, and save the factors."""
+    source = _source(model_dir, texts, batch_size, max_length, device)
+    chosen = _levels(levels)
+    model = read_model(source)
+    shown = _Shown(read_batches(source, source.texts), "calibration", _WEIGHING)
+    options = {"levels": chosen, "cost": cost, "include": include}
+    summary = loraven.convert(model, shown, exclude=exclude or (), **options)
+    loraven.save(model, out)
+    print_levels(summary)
+    typer.echo(f"saved in {out}")
+
+
+@app.command()
+def audit(
+    model_dir: Folder,
+    texts: Texts,
+    factors: Factors = None,
+    target: Annotated[float, typer.Option(help="Wanted quality: a cosine.")] = 0.95,
+    alpha: Annotated[float, typer.Option(help="Share that may miss it.")] = 0.05,
+    levels: Levels = "0.3,0.5,0.7,1.0",
+    cost: Cost = "macs",
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 128,
+    device: Device = "cpu",
+) -> None:
+    """Say whether deciding the budget for each input pays on these texts."""
+    source = _source(model_dir, texts, batch_size, max_length, device)
+    model, rest, _ = _family(source, factors, _levels(levels), cost)
+    shown = _Shown(read_batches(source, rest), "reading", "auditing")
+    typer.echo(str(loraven.audit(model, shown, target=target, alpha=alpha)))
+
+
+@app.command()
+def bench(
+    model_dir: Folder,
+    texts: Texts,
+    factors: Factors = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timings of each level.")] = 15,
+    levels: Levels = "0.3,0.5,0.7,1.0",
+    cost: Cost = "macs",
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 128,
+    device: Device = "cpu",
+) -> None:
+    """Time each level against the model as it is, and compare their outputs."""
+    source = _source(model_dir, texts, batch_size, max_length, device)
+    model, rest, summary = _family(source, factors, _levels(levels), cost)
+    original = read_model(source)
+    batches = read_batches(source, rest)
+    wanted = [_pooled(original, batch) for batch in batches]
+    table = Table("level", "time", "interval", "cosine", "min", "MACs of the model")
+    for level, found in tqdm(summary.levels.items(), "levels", leave=False):
+        loraven.set_budget(model, level)
+        cosines = _cosines(model, batches, wanted)
+        with torch.no_grad():
+            ratio = timing.compare(
+                lambda: run(model, batches[0]),
+                lambda: run(original, batches[0]),
+                repeats=repeats,
+                device=source.device,
+            )
+        table.add_row(
+            f"{level:g}",
+            f"{ratio.ratio:.2f}",
+            f"{ratio.low:.2f} to {ratio.high:.2f}",
+            f"{cosines.mean():.4f}",
+            f"{cosines.min():.4f}",
+            f"{found.model_macs_fraction:.4f}",
+        )
+    Console().print(table)
+    typer.echo("time: of the level, divided by the original model's; below 1 is faster")
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8 that are not blank.
+
+    Raises:
+        MissingFile: it is no file.
+        CorruptFile: it is not in UTF-8.
+        InvalidValue: it has no text.
+    """
+    if not path.is_file():
+        raise MissingFile(f"texts {str(path)!r}", "there is no such file")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CorruptFile(f"texts {str(path)!r}", str(error)) from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        do = "Put one example on each line"
+        raise InvalidValue(f"texts {str(path)!r}", "the file has no text", do)
+    return found
+
+
+def read_model(source: Source) -> nn.Module:
+    """Load the model of the class that its config names, in evaluation mode.
+
+    Raises:
+        CorruptFile: transformers can't make a model of the folder.
+    """
+    import transformers
+
+    folder, options = source.folder, {"local_files_only": True}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        name = (config.architectures or ["AutoModel"])[0]
+        kind = getattr(transformers, name, transformers.AutoModel)
+        model = kind.from_pretrained(folder, dtype="auto", **options)
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"model {str(folder)!r}", str(error)) from error
+    return model.eval().to(source.device)
+
+
+def read_batches(source: Source, texts: list[str]) -> list[Batch]:
+    """Tokenize, pad on the right with a mask of what is real, and batch.
+
+    Raises:
+        CorruptFile: the folder has no tokenizer.
+        InvalidValue: the texts have no token.
+    """
+    import transformers
+
+    folder, load = source.folder, transformers.AutoTokenizer.from_pretrained
+    try:
+        tokenizer = load(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"tokenizer {str(folder)!r}", str(error)) from error
+    limit = {"truncation": True, "max_length": source.max_length}
+    rows = [ids for ids in tokenizer(texts, **limit)["input_ids"] if ids]
+    if not rows:
+        raise InvalidValue("texts", "the tokenizer makes no token of them")
+    pad = tokenizer.pad_token_id or 0
+    starts = range(0, len(rows), source.batch_size)
+    return [_pad(rows[i : i + source.batch_size], pad, source.device) for i in starts]
+
+
+def print_levels(summary: Any) -> None:
+    """Print one row for each level of a `loraven.ConversionSummary`."""
+    table = Table("level", "cost", "MACs of the model", "MiB of weights alone")
+    for level, found in summary.levels.items():
+        alone = f"{found.resident_bytes / 2**20:.1f}"
+        shares = f"{found.cost_fraction:.4f}", f"{found.model_macs_fraction:.4f}"
+        table.add_row(f"{level:g}", *shares, alone)
+    Console().print(table)
+    counts = f"{len(summary.layers)} layers converted, {len(summary.skipped)} skipped"
+    typer.echo(f"{counts}; {summary.tokens} tokens, {summary.seconds:.1f} s")
+
+
+def _source(
+    folder: Path, texts: Path, batch_size: int, max_length: int, device: str
+) -> Source:
+    if not (folder / "config.json").is_file():
+        do = "Give a folder that save_pretrained wrote"
+        raise MissingFile(f"model {str(folder)!r}", "it has no config.json", do)
+    where = as_device(device)
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InvalidValue(f"--device {device!r}", why) from error
+    return Source(folder, read_texts(texts), batch_size, max_length, where)
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        do = "Give numbers with commas between, as in 0.5,1.0"
+        raise InvalidValue(f"--levels {text!r}", str(error), do) from error
+
+
+def _family(
+    source: Source, factors: Path | None, levels: tuple[float, ...], cost: str
+) -> tuple[nn.Module, list[str], Any]:
+    """Return a converted model, the texts to measure on, and the summary."""
+    texts, model = source.texts, read_model(source)
+    if factors is not None:
+        return model, texts, loraven.load(model, factors)
+    if len(texts) < 2:
+        do = "Give more, or --factors"
+        raise InvalidValue("texts", "one can't both calibrate and measure", do)
+    shown = _Shown(read_batches(source, texts[::2]), "calibration", _WEIGHING)
+    summary = loraven.convert(model, shown, levels=levels, cost=cost)
+    return model, texts[1::2], summary
+
+
+class _Shown:
+    """Batches that show their progress, and then what goes on after the last."""
+
+    def __init__(self, batches: list[Batch], what: str, then: str) -> None:
+        self.batches, self.what, self.then = batches, what, then
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from tqdm(self.batches, self.what, unit="batch", leave=False)
+        typer.echo(f"{self.then} ...", err=True)
+
+
+def _pad(rows: list[list[int]], pad: int, device: torch.device) -> Batch:
+    longest = max(map(len, rows))
+    ids = [row + [pad] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _cosines(
+    model: nn.Module, batches: list[Batch], wanted: list[torch.Tensor]
+) -> torch.Tensor:
+    """Cosine of each example's pooled output and the wanted one."""
+    found = zip((_pooled(model, batch) for batch in batches), wanted, strict=True)
+    return torch.cat([F.cosine_similarity(a, b, dim=-1).cpu() for a, b in found])
+
+
+@torch.no_grad()
+def _pooled(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The model's output, averaged over the real positions of each example."""
+    output = main_output(run(model, batch)).float()
+    if output.dim() == 3:
+        mask = valid(batch)
+        weights = torch.ones(output.shape[:2]) if mask is None else mask.float()
+        weights = weights.to(output.device)[..., None]
+        output = (output * weights).sum(1) / weights.sum(1)
+    return output

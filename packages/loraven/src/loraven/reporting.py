@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a low-rank layer says about itself: settings, views, counts, histories.
+
+The one idea: figures describe the last forward, and before any forward (or after
+a setting changed) the one that would come next with all gates open. So `get_flops`
+equals what FlopCounterMode counts, whatever path ran.
+
+Decisions: settings are properties that refuse a wrong value where it is given. What
+a copy or a pickle would carry needlessly or could not carry (cached weights, the
+graph behind ``expected_cost``) stays behind.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraven.adaptive import Work
+from loraven.checks import integer
+from loraven.sanitize import NonFiniteGuard
+from torchworks_core.errors import InvalidValue
+
+__all__ = ["Last", "LowRankReport", "wrong_sizes"]
+
+_HISTORY = 1000
+_SCOPES = ("batch", "row")
+
+
+@dataclass
+class Last:
+    """State of a layer that is no parameter, in a plain object.
+
+    Setting an attribute of a Module takes microseconds, of this one nanoseconds.
+
+    Attributes:
+        rank: Of the last forward; before any, the initial one.
+        work: What the last forward ran; None before any.
+        over_budget: Whether r_min alone exceeded its budget.
+        cost: ``expected_cost`` of the last training forward.
+        copies: Cached weights.
+        ranks: Of the last forwards that decided one.
+        complexities: Their mean scores.
+    """
+
+    rank: int
+    work: Work | None = None
+    over_budget: bool = False
+    cost: Tensor | None = None
+    copies: Any = None
+    ranks: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    complexities: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+
+    def note(self, rank: int, work: Work, complexity: float) -> None:
+        """Take up a forward that decided its rank."""
+        self.rank, self.work = rank, work
+        self.ranks.append(rank)
+        self.complexities.append(complexity)
+
+
+class LowRankReport(nn.Module):
+    """Base of `DynamicLowRankLayer`: everything but its constructor and forwards."""
+
+    in_features: int
+    out_features: int
+    r_max: int
+    r_min: int
+    num_blocks: int
+    down: nn.Parameter
+    scale: nn.Parameter
+    up: nn.Parameter
+    scorer: nn.Module
+    _guard: NonFiniteGuard
+    _fixed_rank: int | None
+    _gates_enabled: bool
+    _rank_scope: str
+    _energy_model: Any
+    _caps: dict
+    _energies: dict
+    _last: "Last"
+
+    @property
+    def V(self) -> Tensor:
+        """``down`` in the formula's orientation: (in_features, r_max), a view."""
+        return self.down.detach().t()
+
+    @property
+    def S(self) -> Tensor:
+        """(r_max, r_max), diagonal, with ``scale`` on it."""
+        return torch.diag(self.scale.detach())
+
+    @property
+    def U(self) -> Tensor:
+        """``up`` in the formula's orientation: (out_features, r_max), a view."""
+        return self.up.detach().t()
+
+    @property
+    def current_rank(self) -> int:
+        """Largest prefix that a row of the last forward used."""
+        return self._last.rank
+
+    @property
+    def rank_history(self) -> list[int]:
+        """Ranks of the last 1000 forwards that decided one, oldest first."""
+        return list(self._last.ranks)
+
+    @property
+    def complexity_history(self) -> list[float]:
+        """Mean scores of the same forwards."""
+        return list(self._last.complexities)
+
+    @property
+    def expected_cost(self) -> Tensor | None:
+        """Mean share of columns that the last training forward kept: 0-dim, [0, 1].
+
+        Differentiable; add ``price * layer.expected_cost`` to the loss.
+        """
+        return self._last.cost
+
+    @property
+    def over_budget(self) -> bool:
+        """Whether r_min alone exceeded the last forward's budget."""
+        return self._last.over_budget
+
+    @property
+    def sanitized(self) -> int:
+        """Number of input elements replaced by 0; waits for an accelerator."""
+        return self._guard.count
+
+    @property
+    def fixed_rank(self) -> int | None:
+        """None, or the rank from r_min to r_max that runs without a decision.
+
+        A budget still caps it. In training the scorer and the gates then get no
+        gradient: DistributedDataParallel needs ``requires_grad_(False)`` on both.
+        """
+        return self._fixed_rank
+
+    @fixed_rank.setter
+    def fixed_rank(self, rank: int | None) -> None:
+        if rank is not None:
+            rank = self._last.rank = integer("fixed_rank", rank, self.r_min, self.r_max)
+        self._fixed_rank, self._last.work = rank, None
+
+    @property
+    def gates_enabled(self) -> bool:
+        """Whether gates run; without them all blocks are open."""
+        return self._gates_enabled
+
+    @gates_enabled.setter
+    def gates_enabled(self, enabled: bool) -> None:
+        self._gates_enabled, self._last.work = bool(enabled), None
+
+    @property
+    def rank_scope(self) -> str:
+        """``"batch"`` or ``"row"``: whose scores decide a row's rank."""
+        return self._rank_scope
+
+    @rank_scope.setter
+    def rank_scope(self, scope: str) -> None:
+        if scope not in _SCOPES:
+            raise InvalidValue(
+                f"rank_scope={scope!r}", "unknown", f"Use one of {_SCOPES}"
+            )
+        self._rank_scope, self._last.work = scope, None
+
+    @property
+    def nan_policy(self) -> str:
+        """``"sanitize"``, ``"propagate"`` or ``"raise"``."""
+        return self._guard.policy
+
+    @nan_policy.setter
+    def nan_policy(self, policy: str) -> None:
+        self._guard.policy = NonFiniteGuard(policy).policy
+
+    @property
+    def energy_model(self) -> Any:
+        """Estimates mJ of a whole batch; a new one forgets what the old one said."""
+        return self._energy_model
+
+    @energy_model.setter
+    def energy_model(self, model: Any) -> None:
+        if not callable(getattr(model, "estimate", None)):
+            kind = type(model).__name__
+            raise TypeError(
+                f"energy_model must have a method estimate; {kind} has none"
+            )
+        self._energy_model = model
+        self._caps.clear()
+        self._energies.clear()
+
+    def get_compression_ratio(self) -> float:
+        """Weights executed at the current rank and open blocks, in (0, 1].
+
+        Columns times (in_features + out_features), over in_features *
+        out_features; 1.0 from where one merged weight runs.
+        """
+        columns = self.columns
+        if self._merges(columns):
+            return 1.0
+        both = self.in_features + self.out_features
+        return columns * both / (self.in_features * self.out_features)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the current rank whose block is open for some row."""
+        work = self._last.work
+        if work is None or work.merged or work.up == self.r_max:
+            return self._last.rank
+        return min(work.up, self._last.rank)
+
+    def get_flops(self, batch_size: int = 1) -> int:
+        """Matrix-product FLOPs (2 per multiply-accumulate) of the current forward.
+
+        At the current rank and open blocks, scorer and gates included, in the mode
+        (training computes all columns) and along the path that the last forward
+        took; what FlopCounterMode counts. Building a merged weight isn't in it.
+
+        Args:
+            batch_size: Rows, at least 0.
+        """
+        rows = integer("batch_size", batch_size, 0)
+        work = self._planned() if self._last.work is None else self._last.work
+        inside, outside = self.in_features, self.out_features
+        per_row = work.down * inside + work.up * outside
+        if work.merged:
+            per_row += inside * outside
+        if work.scored:
+            hidden = getattr(self.scorer, "hidden_dim", 0)
+            per_row += hidden * (inside + 1)
+        if work.gated:
+            per_row += self.num_blocks * inside
+        return 2 * rows * per_row
+
+    def _planned(self) -> Work:
+        """What an inference forward without grad at the current rank would run."""
+        free = self._fixed_rank is None
+        merged = self._merges(self._last.rank) and (
+            not free or self._rank_scope == "batch"
+        )
+        gated = free and self._gates_enabled
+        if not merged:
+            return Work(self._last.rank, self._last.rank, False, free, gated)
+        early = self.r_min if free and not self._merges(self.r_min) else 0
+        return Work(early, 0, True, free, gated)
+
+    def _merges(self, rank: int) -> bool:
+        """Whether one merged weight is about as cheap as two factors, or cheaper."""
+        both = self.in_features + self.out_features
+        return 10 * rank * both > 9 * self.in_features * self.out_features
+
+    def visualize_rank_history(self, save_path: str | None = None) -> None:
+        """Plot ranks and scores of the last forwards; see `plot_rank_evolution`.
+
+        Args:
+            save_path: File to write; None writes none.
+
+        Raises:
+            MissingExtra: matplotlib is not installed (an ImportError).
+        """
+        from loraven.plots import plot_rank_evolution
+
+        plot_rank_evolution(self.rank_history, self.complexity_history, save_path)
+
+    def train(self, mode: bool = True) -> "LowRankReport":
+        """As nn.Module; cached weights are dropped."""
+        self._last.copies = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LowRankReport":
+        self._last.copies = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": replace(self._last, cost=None, copies=None)}
+
+    def extra_repr(self) -> str:
+        """Sizes and ranks, for ``print(module)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"r_max={self.r_max}, r_min={self.r_min}"
+        )
+
+
+def wrong_sizes(
+    sizes: dict[str, Any], high: str = "r_max", low: str = "r_min"
+) -> list[str]:
+    """Everything wrong with sizes and ranks, one clause each.
+
+    Args:
+        sizes: ``in_features``, ``out_features``, the two ranks, ``init_rank``, and
+            others that only have to be integers of 1 or more; any may be missing.
+        high: What the largest rank is called.
+        low: What the smallest rank is called.
+
+    Example:
+        >>> wrong_sizes({"in_features": 8, "out_features": 4, "r_max": 9, "r_min": 0})
+        ['r_min=0 is not an integer of 1 or more', 'r_max=9 is above min(8, 4)=4']
+    """
+    problems, fine = [], {}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            problems.append(f"{name}={value!r} is not an integer of 1 or more")
+        else:
+            fine[name] = value
+    most, least, first = (fine.get(name) for name in (high, low, "init_rank"))
+    inside, outside = fine.get("in_features"), fine.get("out_features")
+    if inside and outside and most and most > min(inside, outside):
+        limit = f"min({inside}, {outside})={min(inside, outside)}"
+        problems.append(f"{high}={most} is above {limit}")
+    if most and least and least > most:
+        problems.append(f"{low}={least} is above {high}={most}")
+    elif most and least and first and not least <= first <= most:
+        where = f"from {low}={least} to {high}={most}"
+        problems.append(f"init_rank={first} is not {where}")
+    return problems
