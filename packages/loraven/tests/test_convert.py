@@ -339,3 +339,17 @@ def test_a_layer_is_paid_for_as_often_as_it_runs():
         assert counted(model, x) <= level * dense
         expected = summary.levels[level].cost_fraction
         assert counted(model, x) / dense == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_conversion_in_inference_mode_can_be_trained_later(mlp):
+    model, x = mlp(), torch.randn(300, 64)
+    with torch.inference_mode():
+        loraven.convert(model, [x])
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    loraven.set_budget(model, 0.3)
+    for module in model.modules():
+        if isinstance(module, NestedLinear):
+            module.training_form = True
+            module.up.requires_grad_(True)
+    model(x).square().mean().backward()
+    assert model[0].up.grad.abs().sum() > 0
