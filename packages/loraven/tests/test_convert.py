@@ -283,3 +283,73 @@ def test_half_precision(mlp):
         found = out(model, x)
         assert found.dtype == dtype
         assert (found - before).double().norm() < 0.5 * before.double().norm()
+
+
+def test_layers_whose_weights_are_read_by_others_are_left_alone():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+            layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+            self.fused = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            self.last = nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = self.attention(x, x, x)[0]
+            return self.last(self.fused(x))
+
+    model, x = Attending().eval(), torch.randn(16, 20, 64)
+    before = out(model, x)
+    summary = loraven.convert(model, [x])
+    assert [layer.name for layer in summary.layers] == ["last"]
+    assert summary.skipped["attention.out_proj"] == "never ran during calibration"
+    assert "fast path" in summary.skipped["fused.layers.0.linear1"]
+    assert torch.equal(out(model, x), before)
+    # With the fast path turned off its layers are converted, and do run.
+    loraven.revert(model)
+    model.fused.layers[0].activation_relu_or_gelu = 0
+    before = out(model, x)
+    summary = loraven.convert(model, [x], exclude=["last"])
+    assert [layer.name for layer in summary.layers] == [
+        "fused.layers.0.linear1",
+        "fused.layers.0.linear2",
+    ]
+    assert torch.equal(out(model, x), before)
+    loraven.set_budget(model, 0.5)
+    assert not torch.equal(out(model, x), before)
+
+
+def test_a_layer_is_paid_for_as_often_as_it_runs():
+    class Often(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.thrice = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            first = self.once(x)
+            for scale in (1.0, 2.0, 3.0):
+                first = first + self.thrice(scale * x)
+            return first
+
+    model, x = Often(), torch.randn(400, 64)
+    dense = counted(model, x)
+    summary = loraven.convert(model, [x])
+    for level in LEVELS:
+        loraven.set_budget(model, level)
+        assert counted(model, x) <= level * dense
+        expected = summary.levels[level].cost_fraction
+        assert counted(model, x) / dense == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_conversion_in_inference_mode_can_be_trained_later(mlp):
+    model, x = mlp(), torch.randn(300, 64)
+    with torch.inference_mode():
+        loraven.convert(model, [x])
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    loraven.set_budget(model, 0.3)
+    for module in model.modules():
+        if isinstance(module, NestedLinear):
+            module.training_form = True
+            module.up.requires_grad_(True)
+    model(x).square().mean().backward()
+    assert model[0].up.grad.abs().sum() > 0

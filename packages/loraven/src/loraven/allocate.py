@@ -17,7 +17,6 @@ before, so the family is nested.
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 
@@ -63,7 +62,8 @@ def allocate(
     floor = np.zeros(len(table.last), dtype=np.int64)
     found = []
     for level in levels:
-        budget = int(Fraction(level) * dense_cost)
+        part, whole = float(level).as_integer_ratio()
+        budget = dense_cost * part // whole
         if table.spent(table.last) <= budget:
             floor = table.last
         elif (least := table.spent(np.zeros_like(floor))) > budget:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from loraven.allocate import allocate
@@ -123,40 +124,42 @@ def convert(
     _check(model, cost, include, exclude, min_features)
     _check_functions(output=output, token_mask=token_mask)
     check_iterable(calibration, "calibration")
-    targets, skipped = find_targets(model, include, exclude, min_features)
-    _require(targets, skipped)
-    _check_weights(targets)
-    judge = Judge(output, token_mask, sensitivity)
-    found = calibrate(model, calibration, targets, judge)
-    targets = [target for target in targets if target.name in found.moments]
-    skipped |= found.skipped
-    _require(targets, skipped)
-    layers, plans = _plan(model, targets, found, ordered, cost, judge)
-    modules = tuple(
-        NestedLinear(
-            layer.target.module,
-            layer.factors,
-            layer.pivots,
-            [Plan(choice.rank, choice.form) for choice in plan],
-            transposed=layer.target.transposed,
+    # What is made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        targets, skipped = find_targets(model, include, exclude, min_features)
+        _require(targets, skipped)
+        _check_weights(targets)
+        judge = Judge(output, token_mask, sensitivity)
+        found = calibrate(model, calibration, targets, judge)
+        targets = [target for target in targets if target.name in found.moments]
+        skipped |= found.skipped
+        _require(targets, skipped)
+        layers, plans = _plan(model, targets, found, ordered, cost, judge)
+        modules = tuple(
+            NestedLinear(
+                layer.target.module,
+                layer.factors,
+                layer.pivots,
+                [Plan(choice.rank, choice.form) for choice in plan],
+                transposed=layer.target.transposed,
+            )
+            for layer, plan in zip(layers, plans, strict=True)
         )
-        for layer, plan in zip(layers, plans, strict=True)
-    )
-    described = zip(layers, plans, strict=True)
-    summary = ConversionSummary(
-        layers=tuple(_describe(*both, ordered) for both in described),
-        skipped=skipped,
-        levels=_describe_levels(model, found, layers, plans, ordered),
-        tokens=found.tokens,
-        seconds=time.perf_counter() - begin,
-        cost=cost if isinstance(cost, str) else getattr(cost, "__name__", "cost"),
-        resident_bytes=sum(module.resident_bytes for module in modules),
-    )
-    names = tuple(target.name for target in targets)
-    family = Family(names, modules, ordered, summary)
-    family.set_level(len(ordered) - 1)
-    install(model, family)
-    return summary
+        described = zip(layers, plans, strict=True)
+        summary = ConversionSummary(
+            layers=tuple(_describe(*both, ordered) for both in described),
+            skipped=skipped,
+            levels=_describe_levels(model, found, layers, plans, ordered),
+            tokens=found.tokens,
+            seconds=time.perf_counter() - begin,
+            cost=cost if isinstance(cost, str) else getattr(cost, "__name__", "cost"),
+            resident_bytes=sum(module.resident_bytes for module in modules),
+        )
+        names = tuple(target.name for target in targets)
+        family = Family(names, modules, ordered, summary)
+        family.set_level(len(ordered) - 1)
+        install(model, family)
+        return summary
 
 
 def _check(

@@ -73,8 +73,9 @@ def find_targets(
     targets, skipped = [], {}
     for name, module in model.named_modules():
         transposed = _is_conv1d(module)
-        linear = isinstance(module, nn.Linear) or "Linear" in type(module).__name__
-        if not (transposed or linear):
+        kind = type(module).__name__
+        linear = isinstance(module, nn.Linear) or "Linear" in kind
+        if not (transposed or linear) or "PackedParams" in kind:
             continue
         reason = (
             _by_pattern(name, include, exclude)

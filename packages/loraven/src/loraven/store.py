@@ -28,7 +28,6 @@ from loraven.forms import FORMS
 from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
-from torchworks_core import checkpoint
 from torchworks_core.errors import CorruptFile, InvalidValue, NotReady
 
 __all__ = ["load", "save"]
@@ -58,6 +57,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         >>> loraven.load(loraven.revert(model), folder) == summary
         True
     """
+    from torchworks_core import checkpoint
+
     family = find_family(model)[1]
     tensors, layers = {}, []
     for name, module, found in zip(
@@ -112,6 +113,8 @@ def load(model: nn.Module, folder: str | os.PathLike) -> ConversionSummary:
             model; names file, layer and field. ``model`` is as it was.
         InvalidValue: the model is converted already.
     """
+    from torchworks_core import checkpoint
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch Module, not a {type(model).__name__}")
     if is_converted(model):
