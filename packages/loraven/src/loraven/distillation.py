@@ -296,9 +296,10 @@ class _Lesson:
     def _backward(self, batch: Any, generator: torch.Generator) -> None:
         """Add up the gradients of the factors, and of nothing else."""
         reference = self.outputs(self.teacher, batch)
+        losses = list(self.before.values())
         for index in self._sandwich(generator):
             self.family.set_level(index)
-            before = self.before[self.family.levels[index]]
+            before = losses[self.reduced.index(index)]
             with torch.enable_grad():
                 loss = self.loss(self.outputs(self.model, batch), reference)
                 scaled = loss / before**0.5 if before > 0 else loss
