@@ -18,6 +18,7 @@ from loraven import BudgetManager, DynamicLowRankLayer, EnergyEstimator, LoRAven
 from torchworks_core.testing import byte_tokenizer, save_tiny
 
 PACKAGE = Path(__file__).resolve().parents[1]
+GPU_SCRIPT = PACKAGE.parents[1] / "tools" / "gpu" / "loraven.py"
 README = (PACKAGE / "README.md").read_text(encoding="utf-8")
 CHANGELOG = (PACKAGE / "CHANGELOG.md").read_text(encoding="utf-8")
 # Settings of a layer beyond its specified signature.
@@ -208,3 +209,69 @@ def test_classifier_example_learns_within_its_budget():
     assert 0 < last[3] <= 0.045
     assert 0.5 < last[4] <= 1
     assert "nominal" in done.stdout
+
+
+class _Watts:
+    """A counter of a device that always takes 100 W."""
+
+    source, shortest = "test:100 W", 0.0
+
+    def read(self):
+        return None
+
+    def joules(self, before, after, seconds):
+        return 100.0 * seconds
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def gpu_script(monkeypatch):
+    if not GPU_SCRIPT.is_file():
+        pytest.skip("the package is not in its repository")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    spec = importlib.util.spec_from_file_location("gpu_loraven", GPU_SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the fit misses the measured energies:UserWarning")
+def test_gpu_script_runs_on_tiny_sizes(gpu_script, monkeypatch, capsys):
+    monkeypatch.setattr("loraven.meter.open_counter", lambda device: _Watts())
+    small = gpu_script.DRY._replace(seconds=0.02)
+    monkeypatch.setattr(gpu_script, "DRY", small)
+    gpu_script.main(["--dry"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["dry"]
+    assert found["hardware"]["torch"] == torch.__version__
+    assert not [name for name in gpu_script.MEASURES if "failed" in found[name]]
+    assert found["H1"]["d=64 r=d/4 gauge, 32 rows"]["ratio of MACs"] == 2.286
+    assert found["H3"]["d=64 r=d/4 prefix, 2 rows, graph"]["ratio"] > 0
+    assert found["H4"]["source"].startswith("calibrated:")
+    assert 0 <= found["H4"]["mean error"] <= found["H4"]["worst error"]
+    row = found["H5"]["d=64 r=d/4 prefix, 32 rows"]
+    assert row["ratio"] == pytest.approx(row["joules saved"] / 0.5, abs=2e-3)
+
+
+def test_gpu_script_measures_what_it_says(gpu_script):
+    """Its levels are the forms of one projection of its dense layer."""
+    dense, nested = gpu_script.family(gpu_script.DRY, 64, 64)
+    x = torch.randn(5, 64)
+    for level in (0, 1):
+        run = gpu_script.at(nested, level, x)
+        torch.testing.assert_close(run(), dense(x), rtol=1e-3, atol=1e-4)
+    dense, nested = gpu_script.family(gpu_script.DRY, 64, 16)
+    prefix, gauge = (gpu_script.at(nested, level, x)() for level in (0, 1))
+    torch.testing.assert_close(gauge, prefix, rtol=1e-3, atol=1e-4)
+    assert torch.linalg.matrix_rank(prefix - dense.bias) <= 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_gpu_script_without_a_gpu(gpu_script, capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu_script.main([])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
