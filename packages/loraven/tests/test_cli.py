@@ -219,7 +219,7 @@ def test_what_can_be_refused_is_refused_before_the_model_is_read(
         (("convert", *start, "--out", texts), "is a file"),
         (("convert", *start, "--out", texts / "a" / "b"), "is a file"),
         (("convert", *start, "--out", out, "--levels", "0.5,0.5"), "one is there"),
-        (("audit", *start, "--target", 2), "target=2.0"),
+        (("audit", *start, "--target", 2), "target=2.0: no reduced level reaches it"),
         (("audit", *start, "--alpha", 0), "alpha=0.0"),
         (("bench", *start, "--levels", "1.5"), "in (0, 1]"),
     ):

@@ -79,7 +79,8 @@ class AuditResult:
             if there is no router.
         oracle_budget: mean of the cheapest level that is good enough, were it known.
         levels: one row for each level.
-        interval: 95 % bootstrap interval of coin - router; NaN if there is no router.
+        interval: 95 % bootstrap interval of coin - router, above zero where the router
+            costs less; NaN if there is no router.
         router_cost: what looking at an example costs.
         r_squared: share of the variance of log(1 - score) that the router predicts on
             unseen examples, mean over levels; NaN if there is no router.

@@ -192,7 +192,8 @@ def _check_out(out: Path) -> None:
     folder = next(path for path in (out, *out.absolute().parents) if path.exists())
     what, do = f"--out {str(out)!r}", "Give a folder that can be written"
     if not folder.is_dir():
-        raise InvalidValue(what, f"{str(folder)!r} is a file", do)
+        it = "it" if folder == out else repr(str(folder))
+        raise InvalidValue(what, f"{it} is a file", do)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InvalidValue(what, f"{str(folder)!r} is read-only", do)
 

@@ -38,7 +38,7 @@ def check_goal(target: float, alpha: float) -> tuple[float, float]:
         TypeError: one of them is no number.
         InvalidValue: the target is not below 1, or alpha not between 0 and 1.
     """
-    found = number("target", target, -math.inf, 1.0)
+    found = number("target", target, -math.inf)
     if found > 1 - 1e-6:
         do = "Give a target of at most 0.999999; the dense level scores 1"
         raise InvalidValue(f"target={found!r}", "no reduced level reaches it", do)
