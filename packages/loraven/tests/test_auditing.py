@@ -282,9 +282,10 @@ def test_wrong_arguments_are_refused_before_any_work():
     with pytest.raises(RuntimeError, match="was not converted"):
         audit(model, data)
     convert(model, data, levels=(0.5, 1.0), sensitivity=False)
-    for wrong in ({"target": 1.0}, {"alpha": 0.0}, {"alpha": 1.5}, {"seed": -1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            audit(model, data, **wrong)
+    given = ("target", 1.0), ("target", 2.0), ("alpha", 0.0), ("alpha", 1.5)
+    for name, value in (*given, ("seed", -1), ("seed", 2**64)):
+        with pytest.raises(ValueError, match=f"{name}={value}: "):
+            audit(model, data, **{name: value})
     for wrong in ({"target": "x"}, {"output": 1}, {"score": 1}, {"features": 1}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             audit(model, data, **wrong)

@@ -191,7 +191,7 @@ def audit(
     family = find_family(model)[1]
     target, alpha = check_goal(target, alpha)
     check_functions(score=score, output=output, features=features)
-    integer("seed", seed, 0)
+    integer("seed", seed, 0, 2**64 - 1)
     found = collect(model, data, score, output, features)
     return judge(found, family.levels, target, alpha, seed)
 

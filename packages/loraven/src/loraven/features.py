@@ -181,7 +181,7 @@ def look(
 
     Raises:
         InvalidValue: they are not (N, F).
-        TypeError: the user's function returned no Tensor.
+        TypeError: the user's function returned no Tensor, or complex numbers.
     """
     examples = regroup.count((args, kwargs))
     if features is None:
@@ -191,6 +191,8 @@ def look(
     found = features(as_batch(args, kwargs))
     if not isinstance(found, Tensor):
         raise TypeError(f"features= returned a {type(found).__name__}, not a Tensor")
+    if found.is_complex():
+        raise TypeError("features= returned complex numbers, not real ones")
     if found.ndim != 2 or len(found) != examples or not found.shape[1]:
         why = f"their shape is {tuple(found.shape)}"
         raise InvalidValue("features", why, f"Return ({examples}, F) for this batch")
