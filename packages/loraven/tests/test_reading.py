@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraven.reading import Source, check_runs, read_batches, read_model
+from loraven.reading import Source, check_runs, read_batches, read_model, read_texts
 from torchworks_core.errors import CorruptFile, InvalidValue, MissingFile
 from torchworks_core.testing import byte_tokenizer, save_tiny
 
@@ -138,6 +138,17 @@ def test_what_the_model_cannot_run_is_one_sentence(folder):
         check_runs(given, model, [{"input_ids": long}, {"input_ids": short}])
     assert "--max-length" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_that_cannot_be_read(monkeypatch, tmp_path):
+    def read_text(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "texts.txt"
+    path.write_text("a\n")
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(CorruptFile, match="Permission denied"):
+        read_texts(path)
 
 
 def test_weights_that_are_cut_off(copied):

@@ -48,14 +48,14 @@ def read_texts(path: Path) -> list[str]:
 
     Raises:
         MissingFile: it is no file.
-        CorruptFile: it is not in UTF-8.
+        CorruptFile: it is not in UTF-8, or can't be read.
         InvalidValue: it has no text.
     """
     if not path.is_file():
         raise MissingFile(f"texts {str(path)!r}", "there is no such file")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CorruptFile(f"texts {str(path)!r}", str(error)) from error
     found = [line.strip() for line in lines if line.strip()]
     if not found:
