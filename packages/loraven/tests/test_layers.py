@@ -362,3 +362,18 @@ def test_a_fixed_rank_asks_nobody():
     assert layer.expected_cost.item() == pytest.approx(11 / 16)
     assert torch.allclose(y.double(), formula(layer, x, 11), atol=2e-5)
     assert layer.scorer.hidden.weight.grad is None
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("part", ["hidden", "output"])
+@pytest.mark.parametrize("scope", ["batch", "row"])
+def test_a_diverged_scorer_counts_as_1_in_both_modes(part, scope):
+    layer, x = open_gates(make()), torch.randn(20, 32)
+    layer.rank_scope, layer.random_rank_share = scope, 0.0
+    with torch.no_grad():
+        getattr(layer.scorer, part).weight.fill_(math.nan)
+        y, rank = layer(x)
+        trained, same = layer(x, mode="training")
+    assert rank == same == layer.r_max
+    assert torch.allclose(y, trained, atol=1e-5)
+    assert layer.complexity_history == [1.0, 1.0]

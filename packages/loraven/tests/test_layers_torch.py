@@ -266,3 +266,12 @@ def test_the_path_of_accelerators_equals_the_host_s(scope, mode, spread):
         y, _ = layer(x.as_subclass(Away), mode=mode)
     assert layer.sanitized == 1
     assert y.isfinite().all()
+
+
+@pytest.mark.critical
+def test_an_accelerator_s_input_keeps_its_gradient_at_inference():
+    layer = make()
+    x = torch.randn(7, 32, requires_grad=True)
+    y, _ = layer(x.as_subclass(Away))
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
