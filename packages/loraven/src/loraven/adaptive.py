@@ -89,10 +89,8 @@ def run_adaptive(
 def _look(layer: "DynamicLowRankLayer", x: Tensor) -> _Look:
     modules = layer._modules
     scorer, gate = modules["scorer"], modules["gate"]
-    scores = scorer(x).reshape(-1)
-    if not x.is_cpu or math.isnan(scores.sum().item()):
-        scores = scores.nan_to_num(1.0)
-    return _Look(x, scores, _opened(gate, x) if layer._gates_enabled else None)
+    opened = _opened(gate, x) if layer._gates_enabled else None
+    return _Look(x, scorer(x).reshape(-1), opened)
 
 
 def _opened(gate: torch.nn.Module, x: Tensor) -> Tensor | None:
@@ -115,8 +113,10 @@ def _decide(
 ) -> tuple[_Choice, float]:
     """The choice, and the mean score."""
     scores, any_open, all_open = _to_host(layer, seen)
-    complexity = _mean(scores)
-    keep = None
+    complexity, keep = _mean(scores), None
+    if math.isnan(complexity):
+        scores = scores.nan_to_num(1.0)
+        complexity = _mean(scores)
     if layer._rank_scope == "row":
         rank, keep = _rows(layer, seen.scores, scores, cap)
     else:

@@ -19,6 +19,7 @@ Decisions:
   minimum above says.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -171,10 +172,15 @@ class EnergyEstimator(PerfEstimator):
 
         Raises:
             TypeError: an argument has the wrong type.
-            InvalidValue: an argument is out of range.
+            InvalidValue: an argument is out of range, or the profile's figures
+                are so extreme that the energy is not finite.
         """
         parts = self._parts(layer_dims, rank, batch_size, utilization, temperature)
-        return parts[0] + parts[1] + parts[2]
+        total = parts[0] + parts[1] + parts[2]
+        if not math.isfinite(total):
+            do = "Correct the entries of hardware_profile; see breakdown()"
+            raise InvalidValue(f"energy={total!r}", "not finite", do)
+        return total
 
     def breakdown(
         self,

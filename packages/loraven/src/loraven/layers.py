@@ -18,6 +18,7 @@ weights is kept from one to the next.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -120,9 +121,11 @@ class DynamicLowRankLayer(LowRankReport):
         if problems := wrong_sizes(sizes):
             where = f"DynamicLowRankLayer({in_features!r}, {out_features!r})"
             raise InvalidValue(where, "; ".join(problems), "Correct all of them")
+        whole = [operator.index(size) for size in sizes.values()]
+        in_features, out_features, r_max, r_min, first, scorer_hidden, blocks = whole
         self.in_features, self.out_features = in_features, out_features
         self.r_max, self.r_min, self.init_rank = r_max, r_min, first
-        self.num_blocks = min(num_gate_blocks, r_max)
+        self.num_blocks = min(blocks, r_max)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down = nn.Parameter(torch.empty(r_max, in_features, **made))
         self.scale = nn.Parameter(torch.empty(r_max, **made))

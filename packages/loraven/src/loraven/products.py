@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 __all__ = ["join", "project", "run"]
 
-_FEW, _MANY, _LARGE = 16, 32, 2**13
+_FEW, _MANY, _LARGE, _NARROW = 16, 32, 2**13, 8
 _SWAPS = (torch.float32, torch.float64)
 
 
@@ -40,10 +40,10 @@ def _swaps(x: Tensor, weight: Tensor) -> bool:
     """Whether the second order is faster; measured, where both are small anyhow."""
     if torch.compiler.is_compiling() or x.dim() != 2:
         return False
-    rows = x.shape[0]
+    rows, columns = x.shape[0], weight.shape[0]
     if rows < _FEW or not x.is_cpu or x.dtype not in _SWAPS:
         return False
-    near = rows <= _MANY or 3 * rows <= 2 * weight.shape[0]
+    near = rows <= _MANY or 3 * rows <= 2 * columns or columns <= _NARROW
     return near and weight.numel() >= _LARGE
 
 

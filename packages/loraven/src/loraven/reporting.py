@@ -9,6 +9,7 @@ Decisions: settings are properties that refuse a wrong value where it is given. 
 a copy or a pickle could not carry (the graph behind ``expected_cost``) stays behind.
 """
 
+import operator
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loraven.adaptive import Work
-from loraven.checks import integer
+from loraven.checks import integer, number
 from loraven.sanitize import NonFiniteGuard
 from torchworks_core.errors import InvalidValue
 
@@ -73,6 +74,7 @@ class LowRankReport(nn.Module):
     _gates_enabled: bool
     _rank_scope: str
     _energy_model: Any
+    _random_rank_share: float
     _caps: dict
     _energies: dict
     _last: "Last"
@@ -130,7 +132,8 @@ class LowRankReport(nn.Module):
         """None, or the rank from r_min to r_max that runs without a decision.
 
         A budget still caps it. In training the scorer and the gates then get no
-        gradient: DistributedDataParallel needs ``requires_grad_(False)`` on both.
+        gradient: give both ``requires_grad_(False)`` before you wrap the model in
+        DistributedDataParallel, or wrap it with ``find_unused_parameters=True``.
         """
         return self._fixed_rank
 
@@ -142,12 +145,28 @@ class LowRankReport(nn.Module):
 
     @property
     def gates_enabled(self) -> bool:
-        """Whether gates run; without them all blocks are open."""
+        """Whether gates run; without them all blocks are open.
+
+        False leaves ``gate`` without gradient: for DistributedDataParallel, see
+        `fixed_rank`.
+        """
         return self._gates_enabled
 
     @gates_enabled.setter
     def gates_enabled(self, enabled: bool) -> None:
-        self._gates_enabled, self._last.work = bool(enabled), None
+        if not isinstance(enabled, bool):
+            kind = type(enabled).__name__
+            raise TypeError(f"gates_enabled must be True or False, not {kind}")
+        self._gates_enabled, self._last.work = enabled, None
+
+    @property
+    def random_rank_share(self) -> float:
+        """Share of training rows that run with a random rank, in [0, 1]."""
+        return self._random_rank_share
+
+    @random_rank_share.setter
+    def random_rank_share(self, share: float) -> None:
+        self._random_rank_share = number("random_rank_share", share, 0.0, 1.0)
 
     @property
     def rank_scope(self) -> str:
@@ -173,16 +192,15 @@ class LowRankReport(nn.Module):
 
     @property
     def energy_model(self) -> Any:
-        """Estimates mJ of a whole batch; a new one forgets what the old one said."""
+        """Estimates mJ of a whole batch; a new one forgets what the old one said.
+
+        Its answers are kept: after changing one in place, assign it again.
+        """
         return self._energy_model
 
     @energy_model.setter
     def energy_model(self, model: Any) -> None:
-        if not callable(getattr(model, "estimate", None)):
-            kind = type(model).__name__
-            raise TypeError(
-                f"energy_model must have a method estimate; {kind} has none"
-            )
+        _needs("energy_model", model, "estimate")
         self._energy_model = model
         self._caps.clear()
         self._energies.clear()
@@ -257,6 +275,15 @@ class LowRankReport(nn.Module):
 
         plot_rank_evolution(self.rank_history, self.complexity_history, save_path)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            _needs(name, value, "schedule_rank")
+        if name == "energy_model":
+            # nn.Module would register one that is a module past the property.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": replace(self._last, cost=None)}
 
@@ -266,6 +293,12 @@ class LowRankReport(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"r_max={self.r_max}, r_min={self.r_min}"
         )
+
+
+def _needs(name: str, value: Any, method: str) -> None:
+    if not callable(getattr(value, method, None)):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must have a method {method}; {kind} has none")
 
 
 def wrong_sizes(
@@ -285,7 +318,8 @@ def wrong_sizes(
     """
     problems, fine = [], {}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        if not whole or operator.index(value) < 1:
             problems.append(f"{name}={value!r} is not an integer of 1 or more")
         else:
             fine[name] = value
