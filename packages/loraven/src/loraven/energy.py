@@ -16,7 +16,8 @@ Decisions:
   what an H200 needs at its peak in bfloat16 (700 W / 989 TFLOP/s). `source` says so;
   `calibrate_energy` measures a profile.
 - A rank may exceed the smaller size: such a layer would run dense, as the
-  minimum above says.
+  minimum above says. `DynamicLowRankLayer` does so only with many rows: with few,
+  two factors beyond the minimum run, and the formula is below what they take.
 """
 
 import math
