@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraven import EnergyEstimator, PerfEstimator, get_default_hardware_profile
+from torchworks_core.errors import InvalidValue
 
 NINE = {
     "dram_energy_per_byte": 1e-6,
@@ -227,3 +228,12 @@ def test_bad_arguments(estimator):
     for name, bad in (("rank", 4.0), ("rank", True), ("layer_dims", 8)):
         with pytest.raises(TypeError, match=name):
             estimator.estimate(**good | {name: bad})
+
+
+@pytest.mark.parametrize(
+    "entry", [{"base_frequency": 1e-308}, {"compute_energy_per_flop": 1e308}]
+)
+def test_an_energy_that_overflows_is_refused(entry):
+    estimator = EnergyEstimator(get_default_hardware_profile() | entry)
+    with pytest.raises(InvalidValue, match="not finite"):
+        estimator.estimate((512, 512), 64, batch_size=8)

@@ -362,3 +362,38 @@ def test_a_fixed_rank_asks_nobody():
     assert layer.expected_cost.item() == pytest.approx(11 / 16)
     assert torch.allclose(y.double(), formula(layer, x, 11), atol=2e-5)
     assert layer.scorer.hidden.weight.grad is None
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("part", ["hidden", "output"])
+@pytest.mark.parametrize("scope", ["batch", "row"])
+def test_a_diverged_scorer_counts_as_1_in_both_modes(part, scope):
+    layer, x = open_gates(make()), torch.randn(20, 32)
+    layer.rank_scope, layer.random_rank_share = scope, 0.0
+    with torch.no_grad():
+        getattr(layer.scorer, part).weight.fill_(math.nan)
+        y, rank = layer(x)
+        trained, same = layer(x, mode="training")
+    assert rank == same == layer.r_max
+    assert torch.allclose(y, trained, atol=1e-5)
+    assert layer.complexity_history == [1.0, 1.0]
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize("spread", [0.0, 6.0])
+def test_a_budget_caps_every_row(spread):
+    layer, x = open_gates(make()), torch.randn(20, 32)
+    layer.rank_scope = "row"
+    with torch.no_grad():
+        layer.scorer.output.weight.mul_(spread)
+        layer.scorer.output.bias.fill_(1.5)
+        for cap in (3, 7, 12):
+            budget = layer.energy(cap, 20) / 20
+            y, rank = layer(x, budget=budget)
+            ranks = 3 + layer.scorer(x)[:, 0] * 13
+            each = (ranks.clamp(max=cap) + 0.5).floor().int().tolist()
+            assert rank == max(each) <= cap
+            exact = [
+                formula(layer, row[None], r) for row, r in zip(x, each, strict=True)
+            ]
+            assert torch.allclose(y.double(), torch.cat(exact), atol=1e-5)

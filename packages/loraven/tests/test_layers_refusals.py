@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from loraven import DynamicLowRankLayer
+from loraven import DynamicLowRankLayer, LoRAven
+from torchworks_core.errors import InvalidValue
 
 
 @pytest.fixture
@@ -101,3 +103,63 @@ def test_a_new_energy_model_replaces_the_old_figures(layer):
     assert layer(torch.zeros(2, 32), budget=5.0)[1] == 3
     assert layer.over_budget
     assert layer.energy(4) == 40.0
+
+
+@pytest.mark.parametrize("share", [5, -1, float("nan"), float("inf"), 1.001])
+def test_a_share_is_from_0_to_1(share):
+    layer = DynamicLowRankLayer(8, 8, 4, 2)
+    with pytest.raises(InvalidValue, match="random_rank_share"):
+        layer.random_rank_share = share
+    assert layer.random_rank_share == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gates_enabled", "no"),
+        ("gates_enabled", 0),
+        ("scheduler", None),
+        ("scheduler", torch.nn.Identity()),
+        ("energy_model", torch.nn.Identity()),
+        ("random_rank_share", "0.5"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_where_they_are_given(name, value):
+    layer = DynamicLowRankLayer(8, 8, 4, 2)
+    before = getattr(layer, name)
+    with pytest.raises(TypeError, match=name):
+        setattr(layer, name, value)
+    assert getattr(layer, name) is before
+
+
+def test_an_energy_model_may_be_a_module():
+    class Learned(torch.nn.Module):
+        def estimate(self, layer_dims, rank, batch_size=1):
+            return 7.0 * batch_size
+
+    layer = DynamicLowRankLayer(8, 8, 4, 2)
+    layer.energy_model = model = Learned()
+    assert layer.energy_model is model
+    assert layer.energy(3, 2) == 14.0
+
+
+def test_integers_of_numpy_are_integers():
+    sizes = [np.int64(size) for size in (8, 6, 4, 2)]
+    layer = DynamicLowRankLayer(*sizes)
+    assert type(layer.r_max) is type(layer.current_rank) is int
+    y, rank = layer(torch.randn(3, 8))
+    assert y.shape == (3, 6)
+    assert type(rank) is int
+    preset = LoRAven(*sizes[:2], "custom", *sizes[2:])
+    assert type(preset.max_rank) is int
+
+
+@pytest.mark.parametrize("budget", ["1", [1.0], True, {}])
+def test_an_energy_budget_that_is_no_number_is_a_type_error(budget):
+    with pytest.raises(TypeError, match="energy_budget must be a number"):
+        LoRAven(8, 8, energy_budget=budget)
+
+
+def test_an_infinite_budget_is_refused_in_words_that_name_it():
+    with pytest.raises(InvalidValue, match="finite number of at least 0"):
+        DynamicLowRankLayer(8, 8, 4, 2)(torch.randn(2, 8), budget=float("inf"))

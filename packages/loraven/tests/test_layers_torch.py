@@ -266,3 +266,44 @@ def test_the_path_of_accelerators_equals_the_host_s(scope, mode, spread):
         y, _ = layer(x.as_subclass(Away), mode=mode)
     assert layer.sanitized == 1
     assert y.isfinite().all()
+
+
+@pytest.mark.critical
+def test_an_accelerator_s_input_keeps_its_gradient_at_inference():
+    layer = make()
+    x = torch.randn(7, 32, requires_grad=True)
+    y, _ = layer(x.as_subclass(Away))
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("setting", [("fixed_rank", 9), ("gates_enabled", False)])
+@pytest.mark.parametrize("way", ["requires_grad_", "find_unused_parameters", None])
+def test_data_parallel_training_with_parts_turned_off(group, setting, way):
+    layer = make()
+    setattr(layer, *setting)
+    if way == "requires_grad_":
+        layer.gate.requires_grad_(False)
+        layer.scorer.requires_grad_(layer.fixed_rank is None)
+    unused = way == "find_unused_parameters"
+    model = nn.parallel.DistributedDataParallel(layer, find_unused_parameters=unused)
+
+    def step():
+        y, _ = model(torch.randn(5, 32), None, "training")
+        y.square().sum().backward()
+
+    step()
+    if way is None:
+        # What the documentation of the two settings warns of.
+        with pytest.raises(RuntimeError, match="find_unused_parameters"):
+            step()
+    else:
+        step()

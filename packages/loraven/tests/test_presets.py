@@ -74,7 +74,6 @@ def test_explicit_ranks_override_the_preset():
         ({"in_features": 0}, ["in_features=0 is not"]),
         ({"energy_budget": math.nan}, ["energy_budget=nan"]),
         ({"energy_budget": -1, "max_rank": 999}, ["energy_budget=-1", "max_rank=999"]),
-        ({"energy_budget": "1"}, ["energy_budget='1'"]),
         (
             {"mode": "none", "out_features": -3, "energy_budget": math.inf},
             ["mode='none'", "out_features=-3", "energy_budget=inf"],

@@ -321,3 +321,13 @@ def test_other_bad_arguments():
             scheduler.schedule_rank(torch.ones(1), 1.0, bad)
     with pytest.raises(ValueError, match="batch_size"):
         scheduler.schedule_rank(torch.ones(1), 1.0, DIMS, batch_size=-1)
+
+
+@pytest.mark.parametrize("budget", [None, 0.0, 1e9])
+def test_no_proposal_exceeds_the_layer(budget):
+    scheduler = EnergyAwareRankScheduler(r_min=4, r_max=128)
+    scores = torch.ones(8)
+    for dims in ((16, 16), (300, 20), (20, 300)):
+        rank = scheduler.schedule_rank(scores, budget, dims)
+        assert rank == (4 if budget == 0.0 else min(dims))
+    assert scheduler.schedule_rank(scores, budget, (2, 2)) == 4

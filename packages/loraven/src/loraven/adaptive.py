@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One forward of a layer that looks at its input before it decides what to run.
 
-The one idea: look (scores and gates, with the first columns in the same product),
-decide (rank, blocks, on the host), run what is left. A block of columns that is
-closed for every row is not computed; one that is closed for some is zeroed in those.
+The one idea: look (scores and gates), decide (rank, blocks, on the host), run what is
+left. A block of columns that is closed for every row is not computed; one that is
+closed for some is zeroed in those.
 
-Decisions: the first ``r_min`` columns run with the scorer, before any gate is known,
-so a closed block among them saves only its share of ``up``. An accelerator is asked
-once: scores, gates and the count of replaced elements come in one transfer, and the
-scheduler sees scores on the host. A score that is not a number counts as 1.
+Decisions: an accelerator is asked once: scores, gates and the count of replaced
+elements come in one transfer, and the scheduler sees scores on the host. A score that
+is not a number counts as 1, whether the input or the scorer's weights made it so.
 """
 
 import math
@@ -17,10 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from loraven.fused import Copies, copies_of, join
-from loraven.scoring import column_blocks, rank_mask, row_ranks
+from loraven.scoring import GateNetwork, column_blocks, rank_mask, row_ranks
 from torchworks_core.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -32,11 +29,14 @@ _SMALL = 64
 
 
 class Work(NamedTuple):
-    """What one forward multiplies: columns of each factor, and what else ran."""
+    """What one forward multiplies.
 
-    down: int
-    up: int
-    merged: bool
+    ``columns`` of both factors; ``whole``: they are a prefix that no mask thins
+    out; and whether the scorer and the gates ran.
+    """
+
+    columns: int
+    whole: bool
     scored: bool
     gated: bool
 
@@ -45,21 +45,18 @@ class _Look(NamedTuple):
     """What is known of a batch before the decision.
 
     ``x``: the input without what the NaN policy removed; ``scores`` (rows,);
-    ``opened`` (rows, blocks) bool or None where all are open; ``first`` (rows, r):
-    the first columns where they are computed already.
+    ``opened`` (rows, blocks) bool or None where all are open.
     """
 
     x: Tensor
     scores: Tensor
     opened: Tensor | None
-    first: Tensor | None
 
 
 class _Choice(NamedTuple):
     """``columns``: those to compute, None: all; ``keep``: (rows, columns) 0/1."""
 
     rank: int
-    blocks: tuple[bool, ...]
     columns: list[int] | None
     keep: Tensor | None
 
@@ -80,59 +77,32 @@ def run_adaptive(
         budget: For the scheduler, in mJ per row.
         shape: Shape of the input as it was given, for messages.
     """
-    copies = copies_of(layer)
-    seen = _look(layer, x, copies, shape)
+    x = layer._guard.clean(x, shape)
+    seen = _look(layer, x)
     choice, complexity = _decide(layer, seen, cap, budget)
-    if copies is None:
-        y, work = _run_plain(layer, seen, choice)
-    else:
-        y, work = _run_fused(layer, seen, choice, copies)
+    y, work = _run(layer, seen, choice)
     layer._last.note(choice.rank, work, complexity)
     return y, choice.rank
 
 
-def _look(
-    layer: "DynamicLowRankLayer", x: Tensor, copies: Copies | None, shape: torch.Size
-) -> _Look:
-    if copies is None:
-        return _look_plain(layer, x, shape)
-    gated = layer.num_blocks if layer._gates_enabled else 0
-    early = layer._rank_scope == "row" or not layer._merges(layer.r_min)
-    rows = layer.r_min if early else 0
-    weight, bias = copies.head(rows, gated > 0)
-    out, x, finite = layer._linear(x, weight, bias, shape)
-    # Parts: gate of block 0, which never closes; other gates; scorer; columns.
-    parts = [min(gated, 1), max(gated - 1, 0), out.shape[1] - gated - rows, rows]
-    _, logits, hidden, first = out.split(parts, 1)
-    last = layer._modules["scorer"]._modules["output"]._parameters
-    scores = F.linear(hidden.relu_(), last["weight"], last["bias"])
-    scores = scores.sigmoid_().view(-1)
-    if not finite:
-        scores = scores.nan_to_num(1.0)
-    opened = None
-    # A gate of 0.5 is a logit of 0; the sigmoid runs where it can matter.
-    if gated > 1 and not (out.is_cpu and _all_open(logits)):
-        opened = _opened(torch.sigmoid(out[:, :gated]))
-    return _Look(x, scores, opened, first if rows else None)
-
-
-def _all_open(logits: Tensor) -> bool:
-    """Whether no logit is below 0 or NaN; both forms answer False to a NaN."""
-    if len(logits) == 1:
-        return all(value >= 0 for value in logits.tolist()[0])
-    return logits.amin().item() >= 0
-
-
 @torch.no_grad()
-def _look_plain(layer: "DynamicLowRankLayer", x: Tensor, shape: torch.Size) -> _Look:
-    x = layer._guard.clean(x, shape)
-    scores = layer.scorer(x).reshape(-1).nan_to_num(1.0)
-    return _Look(
-        x, scores, _opened(layer.gate(x)) if layer._gates_enabled else None, None
-    )
+def _look(layer: "DynamicLowRankLayer", x: Tensor) -> _Look:
+    modules = layer._modules
+    scorer, gate = modules["scorer"], modules["gate"]
+    opened = _opened(gate, x) if layer._gates_enabled else None
+    return _Look(x, scorer(x).reshape(-1), opened)
 
 
-def _opened(gates: Tensor) -> Tensor:
+def _opened(gate: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """(rows, blocks) bool; None where all are open and that costs little to know."""
+    if type(gate) is GateNetwork and x.is_cpu and not gate._forward_hooks:
+        logits = gate.logits(x)
+        # A logit of 0 is a gate of 0.5; a NaN answers False.
+        if logits.amin().item() >= 0:
+            return None
+        gates = logits.sigmoid()
+    else:
+        gates = gate(x)
     opened = gates >= 0.5
     opened[:, 0] = True
     return opened
@@ -143,27 +113,29 @@ def _decide(
 ) -> tuple[_Choice, float]:
     """The choice, and the mean score."""
     scores, any_open, all_open = _to_host(layer, seen)
-    complexity = _mean(scores)
-    keep = None
+    complexity, keep = _mean(scores), None
+    if math.isnan(complexity):
+        scores = scores.nan_to_num(1.0)
+        complexity = _mean(scores)
     if layer._rank_scope == "row":
         rank, keep = _rows(layer, seen.scores, scores, cap)
     else:
         rank = max(min(_proposal(layer, scores, budget), cap), layer.r_min)
     if any_open is None or seen.opened is None:
-        return _Choice(rank, (), None, keep), complexity
+        return _Choice(rank, None, keep), complexity
     blocks, total = layer.num_blocks, layer.r_max
     used = (rank - 1) * blocks // total + 1
-    alive, whole = tuple(any_open[:used]), all_open[:used]
+    alive, whole = any_open[:used], all_open[:used]
     columns = None
     if not all(alive):
         columns = [i for i in range(rank) if alive[i * blocks // total]]
         keep = keep if keep is None else keep[:, columns]
-    if alive != tuple(whole):
+    if alive != whole:
         index = column_blocks(total, blocks, seen.x.device)[:rank]
         index = index if columns is None else index[columns]
         opened = seen.opened[:, index].float()
         keep = opened if keep is None else keep * opened
-    return _Choice(rank, alive, columns, keep), complexity
+    return _Choice(rank, columns, keep), complexity
 
 
 def _to_host(
@@ -236,39 +208,17 @@ def _proposal(
         ) from error
 
 
-def _run_plain(
+def _run(
     layer: "DynamicLowRankLayer", seen: _Look, choice: _Choice
 ) -> tuple[Tensor, Work]:
-    columns, count = slice(0, choice.rank), choice.rank
-    if choice.columns is not None:
-        columns = torch.tensor(choice.columns, device=seen.x.device)
-        count = len(choice.columns)
-    y = layer._product(seen.x, columns, choice.keep)
-    return y, Work(count, count, False, True, layer._gates_enabled)
-
-
-def _run_fused(
-    layer: "DynamicLowRankLayer", seen: _Look, choice: _Choice, copies: Copies
-) -> tuple[Tensor, Work]:
-    x, _, _, first = seen
-    rank, blocks, columns, keep = choice
-    gated, early = layer._gates_enabled, 0 if first is None else first.shape[1]
-    whole = columns is None and keep is None
-    if whole and layer._rank_scope == "batch" and layer._merges(rank):
-        weight = copies.merged_if_again(rank)
-        if weight is not None:
-            y = join(layer.bias, x, weight)
-            return y, Work(early, 0, True, True, gated)
+    rank, columns, keep = choice
+    gated = layer._gates_enabled
+    if columns is None and keep is None:
+        return layer._prefix(seen.x, rank), Work(rank, True, True, gated)
     if columns is None:
-        down, up = copies.span(early, rank, len(x))
-    else:
-        index, down, up = copies.select(rank, early, blocks, columns)
-        first = None if first is None else first.index_select(1, index)
-    if first is None:
-        z = x @ down
-    else:
-        z = torch.cat([first, x @ down], 1) if down.shape[1] else first
-    if keep is not None:
-        z = z * keep.to(z.dtype)
-    work = Work(early + down.shape[1], len(up), False, True, gated)
-    return join(layer.bias, z, up), work
+        return layer._product(seen.x, slice(0, rank), keep), Work(
+            rank, False, True, gated
+        )
+    index = torch.tensor(columns, device=seen.x.device)
+    y = layer._product(seen.x, index, keep)
+    return y, Work(len(columns), False, True, gated)

@@ -51,9 +51,10 @@ def number(
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{name} must be one number: {error}") from error
     if not low <= found <= high or math.isinf(found) or (above and found == low):
-        start = f"above {low:g}" if above else f"at least {low:g}"
+        start = f"above {low:g}" if above else f"of at least {low:g}"
         end = "" if math.isinf(high) else f" and at most {high:g}"
-        raise InvalidValue(f"{name}={found!r}", "out of range", f"Give {start}{end}")
+        give = f"Give a finite number {start}{end}"
+        raise InvalidValue(f"{name}={found!r}", "out of range", give)
     return found
 
 

@@ -16,9 +16,11 @@ Decisions:
   what an H200 needs at its peak in bfloat16 (700 W / 989 TFLOP/s). `source` says so;
   `calibrate_energy` measures a profile.
 - A rank may exceed the smaller size: such a layer would run dense, as the
-  minimum above says.
+  minimum above says. `DynamicLowRankLayer` does so only with many rows: with few,
+  two factors beyond the minimum run, and the formula is below what they take.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -171,10 +173,15 @@ class EnergyEstimator(PerfEstimator):
 
         Raises:
             TypeError: an argument has the wrong type.
-            InvalidValue: an argument is out of range.
+            InvalidValue: an argument is out of range, or the profile's figures
+                are so extreme that the energy is not finite.
         """
         parts = self._parts(layer_dims, rank, batch_size, utilization, temperature)
-        return parts[0] + parts[1] + parts[2]
+        total = parts[0] + parts[1] + parts[2]
+        if not math.isfinite(total):
+            do = "Correct the entries of hardware_profile; see breakdown()"
+            raise InvalidValue(f"energy={total!r}", "not finite", do)
+        return total
 
     def breakdown(
         self,

@@ -13,22 +13,23 @@ and the value equals ``rank_scope='row'`` inference; without a price on
 ``expected_cost`` in the loss nothing pulls a rank down. A quarter of the training
 rows run with a random rank (nested dropout; Rippel, Gelbart and Adams,
 arXiv:1402.0915), so that every prefix keeps working. Histories are plain Python
-lists, no buffers.
+lists, no buffers. Each forward reads the parameters themselves: nothing made of
+weights is kept from one to the next.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.nn import functional as F
 
-from loraven import fused
 from loraven.adaptive import Work, run_adaptive
 from loraven.checks import number
 from loraven.energy import EnergyEstimator, get_default_hardware_profile
+from loraven.products import join, project
 from loraven.reporting import Last, LowRankReport, wrong_sizes
 from loraven.sanitize import NonFiniteGuard
 from loraven.schedulers import LinearRankScheduler
@@ -120,9 +121,11 @@ class DynamicLowRankLayer(LowRankReport):
         if problems := wrong_sizes(sizes):
             where = f"DynamicLowRankLayer({in_features!r}, {out_features!r})"
             raise InvalidValue(where, "; ".join(problems), "Correct all of them")
+        whole = [operator.index(size) for size in sizes.values()]
+        in_features, out_features, r_max, r_min, first, scorer_hidden, blocks = whole
         self.in_features, self.out_features = in_features, out_features
         self.r_max, self.r_min, self.init_rank = r_max, r_min, first
-        self.num_blocks = min(num_gate_blocks, r_max)
+        self.num_blocks = min(blocks, r_max)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down = nn.Parameter(torch.empty(r_max, in_features, **made))
         self.scale = nn.Parameter(torch.empty(r_max, **made))
@@ -197,14 +200,15 @@ class DynamicLowRankLayer(LowRankReport):
             budget = number("budget", budget)
             cap, over = off_graph(self._cap)(max(rows, 1), budget)
         self._last.over_budget = over
-        if self._fixed_rank is not None:
-            y, rank = self._run_fixed(flat, min(self._fixed_rank, cap), shape, mode)
+        fixed = self._fixed_rank
+        if fixed is not None:
+            y, rank = self._run_fixed(flat, min(fixed, cap), shape, mode)
         elif mode == "training":
             y, rank = self._run_training(flat, cap, shape)
         elif rows:
             y, rank = off_graph(run_adaptive)(self, flat, cap, budget, shape)
         else:
-            y, rank = self._product(flat, slice(0, self.r_min), None), self._last.rank
+            y, rank = self._prefix(flat, self.r_min), self._last.rank
         if len(shape) != 2:
             y = y.reshape(*shape[:-1], self.out_features)
         return y, rank
@@ -212,31 +216,21 @@ class DynamicLowRankLayer(LowRankReport):
     def _run_fixed(
         self, x: Tensor, rank: int, shape: torch.Size, mode: str
     ) -> tuple[Tensor, int]:
-        copies = None if mode == "training" else fused.copies_of(self)
-        work = Work(rank, rank, False, False, False)
-        if copies is None:
-            x = self._guard.clean(x, shape)
-            y = self._product(x, slice(0, rank), None)
-        elif self._merges(rank):
-            y, _, _ = self._linear(x, copies.merged(rank), self.bias, shape)
-            work = Work(0, 0, True, False, False)
-        else:
-            down, up = copies.prefix(rank)
-            z, _, _ = self._linear(x, down, None, shape)
-            y = fused.join(self.bias, z, up)
-        last = self._last
+        x, last = self._guard.clean(x, shape), self._last
         if mode == "training":
-            last.copies = None
+            y = self._product(x, slice(0, rank), None)
             last.cost = torch.full((), rank / self.r_max, device=y.device)
+        else:
+            y = self._prefix(x, rank)
         if not x.shape[0]:
             return y, last.rank
-        last.rank, last.work = rank, work
+        last.rank = rank
+        last.work = Work(rank, mode != "training", False, False)
         return y, rank
 
     def _run_training(
         self, x: Tensor, cap: int, shape: torch.Size
     ) -> tuple[Tensor, int]:
-        self._last.copies = None
         x = self._guard.clean(x, shape)
         rows = x.shape[0]
         scores = self.scorer(x).reshape(-1)
@@ -262,38 +256,28 @@ class DynamicLowRankLayer(LowRankReport):
         counted = guard.counted(used_and_mean.device)
         used, mean, count = torch.cat([used_and_mean, counted]).tolist()
         guard.warn(int(count))
-        work = Work(self.r_max, self.r_max, False, True, self._gates_enabled)
+        work = Work(self.r_max, False, True, self._gates_enabled)
         self._last.note(int(used), work, mean)
         return int(used)
+
+    def _prefix(self, x: Tensor, rank: int) -> Tensor:
+        """The first ``rank`` columns, by the cheaper order of multiplication."""
+        if torch.compiler.is_compiling() or not self._merges(rank, x.shape[0]):
+            return self._product(x, slice(0, rank), None)
+        with torch.autocast(x.device.type, enabled=False):
+            down = self.down[:rank] * self.scale[:rank, None]
+            weight = down.t() @ self.up[:rank]
+        return join(self.bias, x, weight)
 
     def _product(
         self, x: Tensor, columns: slice | Tensor, mask: Tensor | None
     ) -> Tensor:
-        """The factors' product over some columns, differentiable."""
-        z = F.linear(x, self.down[columns]) * self.scale[columns]
+        """The factors' product over some columns."""
+        down, scale, up = self.down, self.scale, self.up
+        z = project(x, down[columns]) * scale[columns]
         if mask is not None:
             z = z * mask.to(z.dtype)
-        return fused.join(self.bias, z, self.up[columns])
-
-    def _linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: torch.Size
-    ) -> tuple[Tensor, Tensor, bool]:
-        """``x @ weight + bias`` under the NaN policy, x as used, and "all finite".
-
-        On the CPU the product is looked at, not the input: it is the smaller of the
-        two, and any element of the input that is not finite shows in its row.
-        """
-        guard = self._guard
-        if not x.is_cpu:
-            x = guard.clean(x, shape)
-            return fused.join(bias, x, weight), x, False
-        y = fused.join(bias, x, weight)
-        if guard.passes(y):
-            return y, x, True
-        cleaned = guard.clean(x, shape)
-        if cleaned is not x:
-            y = fused.join(bias, cleaned, weight)
-        return y, cleaned, False
+        return join(self.bias, z, up[columns])
 
     def energy(self, rank: int, batch_size: int = 1) -> float:
         """Energy of one forward of the whole batch at ``rank``, in mJ.

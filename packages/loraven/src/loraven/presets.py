@@ -12,6 +12,7 @@ of the columns which an inference forward computes, nominal until calibrated
 """
 
 import math
+import operator
 import warnings
 from collections import deque
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ class LoRAven(nn.Module):
         layer: The `DynamicLowRankLayer`.
 
     Raises:
+        TypeError: ``energy_budget`` is no number.
         InvalidValue: Anything out of range; the message names all of it.
 
     Warns:
@@ -114,9 +116,11 @@ class LoRAven(nn.Module):
         if problems:
             where = f"LoRAven({in_features!r}, {out_features!r}, mode={mode!r})"
             raise InvalidValue(where, "; ".join(problems), "Correct all of them")
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = operator.index(in_features)
+        self.out_features = operator.index(out_features)
         self.mode: str = mode
-        self.max_rank, self.min_rank = ranks["max_rank"], ranks["min_rank"]
+        self.max_rank = operator.index(ranks["max_rank"])
+        self.min_rank = operator.index(ranks["min_rank"])
         self.energy_budget = None if energy_budget is None else float(energy_budget)
         self.layer = DynamicLowRankLayer(
             in_features,
@@ -288,7 +292,9 @@ def _wrong_mode(mode: Any, max_rank: Any, min_rank: Any) -> list[str]:
 def _wrong_budget(budget: Any) -> list[str]:
     if budget is None:
         return []
-    real = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if not real or not math.isfinite(budget) or budget < 0:
+    if isinstance(budget, (bool, str)) or not hasattr(budget, "__float__"):
+        kind = type(budget).__name__
+        raise TypeError(f"energy_budget must be a number, not {kind}")
+    if not math.isfinite(budget) or budget < 0:
         return [f"energy_budget={budget!r} is not a finite number of 0 or more"]
     return []

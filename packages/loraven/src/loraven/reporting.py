@@ -6,10 +6,10 @@ a setting changed) the one that would come next with all gates open. So `get_flo
 equals what FlopCounterMode counts, whatever path ran.
 
 Decisions: settings are properties that refuse a wrong value where it is given. What
-a copy or a pickle would carry needlessly or could not carry (cached weights, the
-graph behind ``expected_cost``) stays behind.
+a copy or a pickle could not carry (the graph behind ``expected_cost``) stays behind.
 """
 
+import operator
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loraven.adaptive import Work
-from loraven.checks import integer
+from loraven.checks import integer, number
 from loraven.sanitize import NonFiniteGuard
 from torchworks_core.errors import InvalidValue
 
@@ -39,7 +39,6 @@ class Last:
         work: What the last forward ran; None before any.
         over_budget: Whether r_min alone exceeded its budget.
         cost: ``expected_cost`` of the last training forward.
-        copies: Cached weights.
         ranks: Of the last forwards that decided one.
         complexities: Their mean scores.
     """
@@ -48,7 +47,6 @@ class Last:
     work: Work | None = None
     over_budget: bool = False
     cost: Tensor | None = None
-    copies: Any = None
     ranks: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     complexities: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
 
@@ -76,6 +74,7 @@ class LowRankReport(nn.Module):
     _gates_enabled: bool
     _rank_scope: str
     _energy_model: Any
+    _random_rank_share: float
     _caps: dict
     _energies: dict
     _last: "Last"
@@ -133,7 +132,8 @@ class LowRankReport(nn.Module):
         """None, or the rank from r_min to r_max that runs without a decision.
 
         A budget still caps it. In training the scorer and the gates then get no
-        gradient: DistributedDataParallel needs ``requires_grad_(False)`` on both.
+        gradient: give both ``requires_grad_(False)`` before you wrap the model in
+        DistributedDataParallel, or wrap it with ``find_unused_parameters=True``.
         """
         return self._fixed_rank
 
@@ -145,12 +145,28 @@ class LowRankReport(nn.Module):
 
     @property
     def gates_enabled(self) -> bool:
-        """Whether gates run; without them all blocks are open."""
+        """Whether gates run; without them all blocks are open.
+
+        False leaves ``gate`` without gradient: for DistributedDataParallel, see
+        `fixed_rank`.
+        """
         return self._gates_enabled
 
     @gates_enabled.setter
     def gates_enabled(self, enabled: bool) -> None:
-        self._gates_enabled, self._last.work = bool(enabled), None
+        if not isinstance(enabled, bool):
+            kind = type(enabled).__name__
+            raise TypeError(f"gates_enabled must be True or False, not {kind}")
+        self._gates_enabled, self._last.work = enabled, None
+
+    @property
+    def random_rank_share(self) -> float:
+        """Share of training rows that run with a random rank, in [0, 1]."""
+        return self._random_rank_share
+
+    @random_rank_share.setter
+    def random_rank_share(self, share: float) -> None:
+        self._random_rank_share = number("random_rank_share", share, 0.0, 1.0)
 
     @property
     def rank_scope(self) -> str:
@@ -176,79 +192,75 @@ class LowRankReport(nn.Module):
 
     @property
     def energy_model(self) -> Any:
-        """Estimates mJ of a whole batch; a new one forgets what the old one said."""
+        """Estimates mJ of a whole batch; a new one forgets what the old one said.
+
+        Its answers are kept: after changing one in place, assign it again.
+        """
         return self._energy_model
 
     @energy_model.setter
     def energy_model(self, model: Any) -> None:
-        if not callable(getattr(model, "estimate", None)):
-            kind = type(model).__name__
-            raise TypeError(
-                f"energy_model must have a method estimate; {kind} has none"
-            )
+        _needs("energy_model", model, "estimate")
         self._energy_model = model
         self._caps.clear()
         self._energies.clear()
 
     def get_compression_ratio(self) -> float:
-        """Weights executed at the current rank and open blocks, in (0, 1].
+        """Weights executed over those of a dense layer, in (0, 1].
 
-        Columns times (in_features + out_features), over in_features *
-        out_features; 1.0 from where one merged weight runs.
+        Columns of the current rank and open blocks times (in_features +
+        out_features), over in_features * out_features; 1.0 from where that is no
+        saving.
         """
-        columns = self.columns
-        if self._merges(columns):
-            return 1.0
-        both = self.in_features + self.out_features
-        return columns * both / (self.in_features * self.out_features)
+        both, dense = self._sizes()
+        return min(self.columns * both / dense, 1.0)
 
     @property
     def columns(self) -> int:
         """Columns of the current rank whose block is open for some row."""
         work = self._last.work
-        if work is None or work.merged or work.up == self.r_max:
+        if work is None or work.columns == self.r_max:
             return self._last.rank
-        return min(work.up, self._last.rank)
+        return min(work.columns, self._last.rank)
 
     def get_flops(self, batch_size: int = 1) -> int:
         """Matrix-product FLOPs (2 per multiply-accumulate) of the current forward.
 
         At the current rank and open blocks, scorer and gates included, in the mode
         (training computes all columns) and along the path that the last forward
-        took; what FlopCounterMode counts. Building a merged weight isn't in it.
+        took; what FlopCounterMode counts, with the building of a merged weight
+        where the rows are so many that this costs less than the two factors.
 
         Args:
             batch_size: Rows, at least 0.
         """
         rows = integer("batch_size", batch_size, 0)
         work = self._planned() if self._last.work is None else self._last.work
-        inside, outside = self.in_features, self.out_features
-        per_row = work.down * inside + work.up * outside
-        if work.merged:
-            per_row += inside * outside
+        both, dense = self._sizes()
+        macs = rows * work.columns * both
+        if work.whole and self._merges(work.columns, rows):
+            macs = (rows + work.columns) * dense
         if work.scored:
             hidden = getattr(self.scorer, "hidden_dim", 0)
-            per_row += hidden * (inside + 1)
+            macs += rows * hidden * (self.in_features + 1)
         if work.gated:
-            per_row += self.num_blocks * inside
-        return 2 * rows * per_row
+            macs += rows * self.num_blocks * self.in_features
+        return 2 * macs
 
     def _planned(self) -> Work:
-        """What an inference forward without grad at the current rank would run."""
+        """What an inference forward at the current rank would run."""
         free = self._fixed_rank is None
-        merged = self._merges(self._last.rank) and (
-            not free or self._rank_scope == "batch"
-        )
-        gated = free and self._gates_enabled
-        if not merged:
-            return Work(self._last.rank, self._last.rank, False, free, gated)
-        early = self.r_min if free and not self._merges(self.r_min) else 0
-        return Work(early, 0, True, free, gated)
+        return Work(self._last.rank, True, free, free and self._gates_enabled)
 
-    def _merges(self, rank: int) -> bool:
-        """Whether one merged weight is about as cheap as two factors, or cheaper."""
-        both = self.in_features + self.out_features
-        return 10 * rank * both > 9 * self.in_features * self.out_features
+    def _merges(self, rank: int, rows: int) -> bool:
+        """Whether multiplying the factors with each other first is cheaper."""
+        both, dense = self._sizes()
+        excess = rank * both - dense
+        return excess > 0 and rows * excess > rank * dense
+
+    def _sizes(self) -> tuple[int, int]:
+        inside, outside = self.in_features, self.out_features
+        return inside + outside, inside * outside
 
     def visualize_rank_history(self, save_path: str | None = None) -> None:
         """Plot ranks and scores of the last forwards; see `plot_rank_evolution`.
@@ -263,17 +275,17 @@ class LowRankReport(nn.Module):
 
         plot_rank_evolution(self.rank_history, self.complexity_history, save_path)
 
-    def train(self, mode: bool = True) -> "LowRankReport":
-        """As nn.Module; cached weights are dropped."""
-        self._last.copies = None
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "LowRankReport":
-        self._last.copies = None
-        return super()._apply(fn, recurse)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            _needs(name, value, "schedule_rank")
+        if name == "energy_model":
+            # nn.Module would register one that is a module past the property.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last": replace(self._last, cost=None, copies=None)}
+        return self.__dict__ | {"_last": replace(self._last, cost=None)}
 
     def extra_repr(self) -> str:
         """Sizes and ranks, for ``print(module)``."""
@@ -281,6 +293,12 @@ class LowRankReport(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"r_max={self.r_max}, r_min={self.r_min}"
         )
+
+
+def _needs(name: str, value: Any, method: str) -> None:
+    if not callable(getattr(value, method, None)):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must have a method {method}; {kind} has none")
 
 
 def wrong_sizes(
@@ -300,7 +318,8 @@ def wrong_sizes(
     """
     problems, fine = [], {}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        if not whole or operator.index(value) < 1:
             problems.append(f"{name}={value!r} is not an integer of 1 or more")
         else:
             fine[name] = value

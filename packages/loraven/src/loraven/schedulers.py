@@ -227,7 +227,8 @@ class EnergyAwareRankScheduler(RankScheduler):
             **kwargs: ``batch_size``, the B of E(r, B); by default one row a score.
 
         Returns:
-            A rank from ``r_min`` to ``r_max`` within the budget, or ``r_min``.
+            A rank from ``r_min`` to ``r_max`` within the budget and no larger than
+            a size of the layer, or ``r_min``.
 
         Raises:
             TypeError: an argument has the wrong type.
@@ -238,7 +239,8 @@ class EnergyAwareRankScheduler(RankScheduler):
         count = len(complexity_scores)
         rows = integer("batch_size", kwargs.get("batch_size", count), 0)
         fits = self._fits(budget, layer_dims, max(rows, 1))
-        high = self._largest(fits)
+        most = self.r_max if layer_dims is None else min(self.r_max, *layer_dims)
+        high = self._largest(fits, max(most, self.r_min))
         if high == self.r_min or not count:
             return self.r_min
         need = self.r_min + mean * (self.r_max - self.r_min)
@@ -265,11 +267,11 @@ class EnergyAwareRankScheduler(RankScheduler):
         estimate = self.energy_model.estimate
         return lambda rank: estimate(dims, rank, batch_size=rows) / rows <= limit
 
-    def _largest(self, fits: Callable[[int], bool]) -> int:
-        """Return the largest rank that fits, or ``r_min``; by bisection."""
-        if fits(self.r_max):
-            return self.r_max
-        inside, outside = self.r_min, self.r_max
+    def _largest(self, fits: Callable[[int], bool], most: int) -> int:
+        """Return the largest rank up to ``most`` that fits, or ``r_min``."""
+        if fits(most):
+            return most
+        inside, outside = self.r_min, most
         while outside - inside > 1:
             middle = (inside + outside) // 2
             inside, outside = (middle, outside) if fits(middle) else (inside, middle)

@@ -16,6 +16,7 @@ value is written ``hard + (soft - soft.detach())``, whose value is exactly ``har
 import torch
 from torch import Tensor, nn
 
+from loraven.products import run
 from torchworks_core.errors import InvalidValue
 
 __all__ = [
@@ -63,7 +64,7 @@ class LightweightScorer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Score each row: (..., in_features) -> (..., 1) in [0, 1]."""
-        return torch.sigmoid(self.output(torch.relu(self.hidden(x))))
+        return torch.sigmoid(run(self.output, torch.relu(run(self.hidden, x))))
 
 
 class GateNetwork(nn.Module):
@@ -105,7 +106,11 @@ class GateNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate each row: (..., in_features) -> (..., num_blocks) in [0, 1]."""
-        return torch.sigmoid(self.linear(x))
+        return torch.sigmoid(self.logits(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The gates before the sigmoid, in (-inf, inf)."""
+        return run(self.linear, x)
 
 
 def row_ranks(scores: Tensor, r_min: int, r_max: int, cap: int) -> Tensor:
