@@ -49,6 +49,8 @@ class Calibration:
         rows: for each of them how many vectors went in, padding included: that is
             what it costs.
         calls: how often it ran.
+        groups: a number for each of them, the same for layers that took in as many
+            vectors, in as many calls, in every single batch.
         skipped: for each other layer the reason.
         examples: batches with at most 96 examples, from all over the data.
         tokens: valid vectors that the layer with the most of them has seen.
@@ -58,6 +60,7 @@ class Calibration:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     examples: list[Any] = field(default_factory=list)
     tokens: int = 0
@@ -178,16 +181,18 @@ class _Watch:
         self.sums: dict[str, InputStatistics] = {}
         # The layer whose sums a layer uses: itself or another one.
         self.owner: dict[str, str] = {}
-        self.rows = dict.fromkeys((target.name for target in targets), 0)
-        self.calls = dict(self.rows)
+        # For each layer and batch, how many vectors it took in, in how many calls.
+        self.work: dict[str, list[tuple[int, int]]] = {t.name: [] for t in targets}
         self.skipped: dict[str, str] = {}
-        self.begin(None)
+        self.mask: Tensor | None = None
 
     def begin(self, mask: Tensor | None) -> None:
         """Before a forward: nothing of it was seen yet."""
         self.mask, self.inputs = mask, 0
         self.seen: dict[tuple, tuple[Any, str, int]] = {}
         self.trace: dict[str, list[int]] = {}
+        for done in self.work.values():
+            done.append((0, 0))
 
     def hook(self, target: Target) -> Any:
         """What looks at the input of one layer."""
@@ -197,8 +202,9 @@ class _Watch:
             if not isinstance(x, Tensor) or x.shape[-1:] != (target.in_features,):
                 # The layer itself says best what is wrong with it.
                 return
-            self.rows[target.name] += x.numel() // target.in_features
-            self.calls[target.name] += 1
+            done = self.work[target.name]
+            rows, calls = done[-1]
+            done[-1] = rows + x.numel() // target.in_features, calls + 1
             if target.name not in self.skipped:
                 self._take(target, x)
 
@@ -252,7 +258,8 @@ class _Watch:
     def finish(self, targets: Sequence[Target]) -> Calibration:
         """Add up over processes, and turn sums into moments, one layer at a time."""
         result = Calibration(skipped=self.skipped)
-        totals = gathered((self.rows, self.calls))
+        everyone = gathered(self.work)
+        groups: dict[tuple, int] = {}
         moments: dict[str, Moments] = {}
         for owner in [name for name in self.owner if self.owner[name] == name]:
             if owner in self.skipped:
@@ -278,8 +285,10 @@ class _Watch:
                 result.moments[name] = moments[owner]
                 if self.judged:
                     result.metrics[name] = judged[name]
-                result.rows[name] = sum(rows[name] for rows, _ in totals)
-                result.calls[name] = sum(calls[name] for _, calls in totals)
+                done = tuple(step for work in everyone for step in work[name])
+                result.rows[name] = sum(rows for rows, _ in done)
+                result.calls[name] = sum(calls for _, calls in done)
+                result.groups[name] = groups.setdefault(done, len(groups))
         result.tokens = max((m.tokens for m in moments.values()), default=0)
         return result
 

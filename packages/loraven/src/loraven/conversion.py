@@ -9,9 +9,11 @@ hooks and its flags as they were.
 The module is not called ``convert``: as an attribute of the package, that name is
 the function.
 
-A layer's cost counts as often as it ran on the calibration data, so a pooler that
-runs once for each sentence is not paid for as if it ran for each token. Under a
-process group every process takes the choices of the first, with the mean of all
+A level holds whatever the input is. Layers that ran equally often in every single
+calibration batch share one budget; a pooler that runs once for each sentence, or a
+decoder, has a budget of its own. So each group keeps to the level by itself, and
+with it every sum of them, in whatever proportion they run later. Under a process
+group every process takes the choices of the first, with the mean of all
 weights, so that all hold the same family.
 """
 
@@ -56,6 +58,8 @@ class _Layer(NamedTuple):
     choices: list[Choice]
     # How often its cost counts.
     times: int
+    # Of the layers that run equally often.
+    group: int
 
 
 def convert(
@@ -81,6 +85,9 @@ def convert(
             as ``model(x)``, a tuple as ``model(*x)``, a Mapping as ``model(**x)``.
         levels: 1 to 7 budgets in (0, 1], as fractions of the dense cost of the
             converted layers. At 1.0 every layer runs as before, to the last bit.
+            Each group of layers that ran equally often in every calibration batch
+            keeps to them by itself, so they hold for other inputs, too, as long as
+            the layers of a group go on running equally often.
         cost: "macs"; "latency", measured on this machine; "energy", an estimator's;
             or a function (out, in, rank, form) -> positive number for one row.
         include: shell patterns of the names to convert; None: all.
@@ -273,7 +280,8 @@ def _factorise(
             multiple=16 if weight.is_cuda else 8,
             cost=price,
         )
-        layers.append(_Layer(target, factors, pivots, options, times))
+        group = found.groups[name]
+        layers.append(_Layer(target, factors, pivots, options, times, group))
     return layers
 
 
@@ -292,17 +300,35 @@ def _damages(
 def _choose(
     layers: Sequence[_Layer], curves: Sequence[list[float]], levels: tuple[float, ...]
 ) -> list[list[Choice]]:
-    costs = [[c.cost * layer.times for c in layer.choices] for layer in layers]
     losses = [
         [*(curve[choice.rank] for choice in layer.choices[:-1]), 0.0]
         for layer, curve in zip(layers, curves, strict=True)
     ]
-    dense = sum(cost[-1] for cost in costs)
-    picked = allocate(costs, losses, dense, levels)
-    return [
-        [layer.choices[level[number]] for level in picked]
-        for number, layer in enumerate(layers)
-    ]
+    plans: list[list[Choice]] = [[] for _ in layers]
+    groups: dict[int, list[int]] = {}
+    for number, layer in enumerate(layers):
+        groups.setdefault(layer.group, []).append(number)
+    # The one that is worst off first: what its error asks for is enough for all.
+    for numbers in sorted(groups.values(), key=lambda n: -_least(layers, n)):
+        costs = [[c.cost for c in layers[number].choices] for number in numbers]
+        mine = [losses[number] for number in numbers]
+        try:
+            picked = allocate(costs, mine, sum(cost[-1] for cost in costs), levels)
+        except InvalidValue as error:
+            name = layers[numbers[0]].target.name
+            more = f" and the {len(numbers) - 1} that run as often as it"
+            who = f"layer {name!r}{more if len(numbers) > 1 else ''}"
+            raise InvalidValue(who, str(error), "Or exclude it") from error
+        for position, number in enumerate(numbers):
+            options = layers[number].choices
+            plans[number] = [options[level[position]] for level in picked]
+    return plans
+
+
+def _least(layers: Sequence[_Layer], numbers: Sequence[int]) -> float:
+    """The share of their dense cost that some layers can't do without."""
+    tables = [layers[number].choices for number in numbers]
+    return sum(table[0].cost for table in tables) / sum(t[-1].cost for t in tables)
 
 
 def _describe(
