@@ -18,7 +18,9 @@ weights, so that all hold the same family.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ from loraven.calibrate import (
 )
 from loraven.checks import integer
 from loraven.eligible import Target, find_targets
-from loraven.factorize import Factors, Pivots, output_pca, pivot
+from loraven.factorize import Factors, Moments, Pivots, output_pca, pivot
 from loraven.family import Family, install, is_converted
 from loraven.forms import Choice, choices, cost_function, form_macs
 from loraven.levels import check_levels
@@ -261,7 +263,11 @@ def _factorise(
         name, weight = target.name, target.matrix()
         bias = target.module._parameters.get("bias")
         metric = found.metrics.get(name)
+        multiple = 16 if weight.is_cuda else 8
         factors = output_pca(weight, bias, found.moments[name], metric=metric)
+        if factors.energy and factors.rank < multiple:
+            _warn_of_few_directions(target, found.moments[name], factors.rank)
+        factors = _widened(factors, target, multiple)
         pivots = pivot(factors.up)
         price, times = shared, found.rows[name]
         if price is None:
@@ -277,12 +283,50 @@ def _factorise(
             pivots,
             target.out_features,
             target.in_features,
-            multiple=16 if weight.is_cuda else 8,
+            multiple=multiple,
             cost=price,
         )
         group = found.groups[name]
         layers.append(_Layer(target, factors, pivots, options, times, group))
     return layers
+
+
+def _widened(factors: Factors, target: Target, multiple: int) -> Factors:
+    """Add directions without energy, up to the next rank that may be chosen.
+
+    Else a layer whose inputs hardly vary would have no reduced form at all. The new
+    outputs are independent of the others, so that a layer can be pivoted and trained.
+    """
+    rank = min(-factors.rank % multiple + factors.rank, *target.matrix().shape)
+    more = rank - factors.rank
+    if not more:
+        return factors
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(factors.up.shape[1], more, generator=generator)
+    basis = torch.cat([factors.up.T, random.to(factors.up)], 1)
+    extra = torch.linalg.qr(basis).Q[:, factors.rank :].T
+    return replace(
+        factors,
+        up=torch.cat([factors.up, extra]),
+        down=torch.cat(
+            [factors.down, factors.down.new_zeros(more, target.in_features)]
+        ),
+        down_bias=torch.cat([factors.down_bias, factors.down_bias.new_zeros(more)]),
+        tail=torch.cat([factors.tail, factors.tail[-1:].expand(more)]),
+    )
+
+
+def _warn_of_few_directions(target: Target, moments: Moments, rank: int) -> None:
+    """Constant inputs lose nothing; an outlier hides all the rest."""
+    spread = moments.covariance.diagonal().max()
+    if spread > 1e-12 * moments.mean.square().max():
+        warnings.warn(
+            f"the inputs of layer {target.name!r} make its outputs vary in {rank} of "
+            f"{target.out_features} directions, with a standard deviation of up to "
+            f"{spread.sqrt():.3g}. If that is an outlier, remove it",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _damages(
