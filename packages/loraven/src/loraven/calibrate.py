@@ -5,7 +5,8 @@ Hooks look at each layer's input. Layers that receive the identical tensor (quer
 key, value) share one set of sums: the first of them keeps it, the others follow as
 long as they see the same tensors in every batch. Positions that the mask calls
 padding enter no sum; a layer whose input the mask can't be matched to is left out
-rather than guessed. The same forward gives the gradients of the output that the
+rather than guessed, and so is one where the sizes match and the order does not; see
+`loraven.layouts`. The same forward gives the gradients of the output that the
 layers are to be judged by, if they are; a layer without influence on it is left out.
 
 Under a process group, every process brings its own batches, the sums are added up,
@@ -29,6 +30,7 @@ from loraven.batches import Examples, Judge, evaluating, run, select, valid
 from loraven.eligible import Target
 from loraven.factorize import Factors, InputStatistics, Moments
 from loraven.importance import DamageCurves, OutputMetrics, Projection, gradients
+from loraven.layouts import is_ambiguous, unlike_the_mask
 from torchworks_core.errors import InvalidValue, NotReady
 
 __all__ = ["Calibration", "calibrate", "count_macs", "damages", "gathered"]
@@ -128,6 +130,10 @@ def _pass(
             else:
                 watch.judge(partial(judge.judged, model, batch), generator)
             watch.end()
+            # A square mask of the user's own may be in another layout than the batch.
+            square = watch.mask is not None and len(set(watch.mask.shape)) == 1
+            if not (judge.token_mask and square):
+                watch.settle(model, batch)
             examples.add(batch)
     if not count:
         raise InvalidValue(
@@ -185,6 +191,10 @@ class _Watch:
         self.work: dict[str, list[tuple[int, int]]] = {t.name: [] for t in targets}
         self.skipped: dict[str, str] = {}
         self.mask: Tensor | None = None
+        # Layers whose order was looked into, and those where it has to be.
+        self.settled: set[str] = set()
+        self.doubtful: set[str] = set()
+        self.paused = False
 
     def begin(self, mask: Tensor | None) -> None:
         """Before a forward: nothing of it was seen yet."""
@@ -199,6 +209,8 @@ class _Watch:
 
         def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
+            if self.paused:
+                return
             if not isinstance(x, Tensor) or x.shape[-1:] != (target.in_features,):
                 # The layer itself says best what is wrong with it.
                 return
@@ -230,6 +242,8 @@ class _Watch:
             self.skipped[name] = f"its input and the mask have shapes {shapes}"
         if rows is None:
             return
+        if name not in self.settled and is_ambiguous(x, self.mask):
+            self.doubtful.add(name)
         if name not in self.sums:
             self.sums[name] = InputStatistics(target.in_features, x.device)
         self.sums[name].add(rows)
@@ -254,6 +268,21 @@ class _Watch:
         for name, owner in self.owner.items():
             if self.trace.get(name, []) != self.trace.get(owner, []):
                 self.skipped[name] = f"its input is that of {owner!r} in some batches"
+
+    def settle(self, model: nn.Module, batch: Any) -> None:
+        """Drop the layers that the mask fits in its size alone."""
+        doubtful = [t for t in self.targets if t.name in self.doubtful]
+        if not doubtful:
+            return
+        self.settled |= self.doubtful
+        self.doubtful = set()
+        self.paused = True
+        for name in unlike_the_mask(model, batch, self.mask, doubtful):
+            self.skipped[name] = (
+                "its input is not in the order of the mask: what padding holds "
+                "changes vectors that it calls valid; token_mask= can give another"
+            )
+        self.paused = False
 
     def finish(self, targets: Sequence[Target]) -> Calibration:
         """Add up over processes, and turn sums into moments, one layer at a time."""

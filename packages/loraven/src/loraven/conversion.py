@@ -103,7 +103,11 @@ def convert(
             ``logits``, ``last_hidden_state``, or the first Tensor.
         token_mask: gives for a batch the mask of its valid positions, in the layout
             of the layers' inputs; None: ``attention_mask`` of a Mapping. Padding
-            enters no statistics.
+            enters no statistics. Where a mask fits an input in two orders (flattened,
+            or as many examples as tokens), a batch runs with other padding, and a
+            layer that shows another order is left alone. That needs ids (B, T) or
+            floats (B, T, n) in the batch, and a ``token_mask`` that is not square:
+            else the mask's order is believed.
 
     Returns:
         The summary; ``print`` shows it as a table.
