@@ -370,8 +370,11 @@ def count_macs(
         for target in targets:
 
             def look(
-                _: Any, args: tuple, kwargs: dict, target: Target = target
+                module: Any, args: tuple, kwargs: dict, target: Target = target
             ) -> None:
+                if module is not target.module:
+                    # A converted layer and its original have their hooks in common.
+                    return
                 x = args[0] if args else next(iter(kwargs.values()))
                 own[target.name] += x.numel() * target.out_features
 

@@ -3,8 +3,9 @@
 
 Find the layers, take the moments of their inputs, factorise, weigh their errors by
 what the output minds, choose a rank and a form for each layer and level, build the
-new layers, and only then swap them in. Whatever fails before leaves the model, its
-hooks and its flags as they were.
+new layers, and only then swap them in. One batch runs to see that they are called in
+place of the originals. Whatever fails leaves the model, its hooks and its flags as
+they were.
 
 The module is not called ``convert``: as an attribute of the package, that name is
 the function.
@@ -38,7 +39,7 @@ from loraven.calibrate import (
 from loraven.checks import integer
 from loraven.eligible import Target, find_targets
 from loraven.factorize import Factors, Moments, Pivots, output_pca, pivot
-from loraven.family import Family, install, is_converted
+from loraven.family import Family, install, is_converted, revert
 from loraven.forms import Choice, choices, cost_function, form_macs
 from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
@@ -147,32 +148,87 @@ def convert(
         targets = [target for target in targets if target.name in found.moments]
         skipped |= found.skipped
         _require(targets, skipped)
-        layers, plans = _plan(model, targets, found, ordered, cost, judge)
-        modules = tuple(
-            NestedLinear(
-                layer.target.module,
-                layer.factors,
-                layer.pivots,
-                [Plan(choice.rank, choice.form) for choice in plan],
-                transposed=layer.target.transposed,
-            )
-            for layer, plan in zip(layers, plans, strict=True)
+        while True:
+            request = ordered, cost, judge
+            summary, modules = _build(model, targets, found, skipped, request)
+            seconds = time.perf_counter() - begin
+            summary = replace(summary, seconds=seconds)
+            names = tuple(target.name for target in targets)
+            family = Family(names, modules, ordered, summary)
+            family.set_level(len(ordered) - 1)
+            missed = _installed(model, family, targets, found.examples[0])
+            if not missed:
+                return summary
+            skipped |= dict.fromkeys(missed, "it is called by another reference")
+            targets = [target for target in targets if target.name not in missed]
+            _require(targets, skipped)
+
+
+def _build(
+    model: nn.Module,
+    targets: Sequence[Target],
+    found: Calibration,
+    skipped: dict[str, str],
+    request: tuple[tuple[float, ...], Cost, Judge],
+) -> tuple[ConversionSummary, tuple[NestedLinear, ...]]:
+    """The new layers, outside of the model, and what is to be said of them."""
+    levels, cost, judge = request
+    layers, plans = _plan(model, targets, found, levels, cost, judge)
+    modules = tuple(
+        NestedLinear(
+            layer.target.module,
+            layer.factors,
+            layer.pivots,
+            [Plan(choice.rank, choice.form) for choice in plan],
+            transposed=layer.target.transposed,
         )
-        described = zip(layers, plans, strict=True)
-        summary = ConversionSummary(
-            layers=tuple(_describe(*both, ordered) for both in described),
-            skipped=skipped,
-            levels=_describe_levels(model, found, layers, plans, ordered),
-            tokens=found.tokens,
-            seconds=time.perf_counter() - begin,
-            cost=cost if isinstance(cost, str) else getattr(cost, "__name__", "cost"),
-            resident_bytes=sum(module.resident_bytes for module in modules),
-        )
-        names = tuple(target.name for target in targets)
-        family = Family(names, modules, ordered, summary)
-        family.set_level(len(ordered) - 1)
-        install(model, family)
-        return summary
+        for layer, plan in zip(layers, plans, strict=True)
+    )
+    described = zip(layers, plans, strict=True)
+    summary = ConversionSummary(
+        layers=tuple(_describe(*both, levels) for both in described),
+        skipped=skipped,
+        levels=_describe_levels(model, found, layers, plans, levels),
+        tokens=found.tokens,
+        seconds=0.0,
+        cost=cost if isinstance(cost, str) else getattr(cost, "__name__", "cost"),
+        resident_bytes=sum(module.resident_bytes for module in modules),
+    )
+    return summary, modules
+
+
+def _installed(
+    model: nn.Module, family: Family, targets: Sequence[Target], batch: Any
+) -> list[str]:
+    """Swap the layers in, and see that they run; else take them back, and say which.
+
+    A model may hold a layer in a list of its own beside the attribute: it goes on
+    calling the original, at every level.
+    """
+    expected = count_macs(model, batch, targets)[1]
+    install(model, family)
+    error, missed = None, []
+    try:
+        new = [
+            target._replace(module=module)
+            for target, module in zip(targets, family.modules, strict=True)
+        ]
+        found = count_macs(model, batch, new)[1]
+        missed = [name for name in found if found[name] < expected[name]]
+    except Exception as problem:
+        error = problem
+    except BaseException:
+        revert(model)
+        raise
+    everyone = gathered((None if error is None else repr(error), missed))
+    if error is not None or any(problem or names for problem, names in everyone):
+        revert(model)
+    if error is not None:
+        raise error
+    for rank, (problem, _) in enumerate(everyone):
+        if problem is not None:
+            raise NotReady(f"conversion in process {rank}", problem)
+    return sorted({name for _, names in everyone for name in names})
 
 
 def _check(
