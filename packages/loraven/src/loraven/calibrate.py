@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraven.batches import Examples, Judge, evaluating, run, select, valid
+from loraven.batches import Examples, Judge, evaluating, run, select, trainable, valid
 from loraven.eligible import Target
 from loraven.factorize import Factors, InputStatistics, Moments
 from loraven.importance import DamageCurves, OutputMetrics, Projection, gradients
@@ -123,7 +123,8 @@ def _pass(
             handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         count, generator = 0, torch.Generator().manual_seed(0)
-        for count, batch in enumerate(batches, 1):  # noqa: B007
+        for count, given in enumerate(batches, 1):  # noqa: B007
+            batch = trainable(given)
             watch.begin(valid(batch, judge.token_mask))
             if not judge.metrics:
                 run(model, batch)

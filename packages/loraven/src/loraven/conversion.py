@@ -81,9 +81,9 @@ def convert(
     """Convert ``model`` in place, and leave it at its largest level.
 
     Args:
-        model: any module. ``nn.Linear`` and transformers' ``Conv1D`` that own their
-            weight are converted; the summary says why others are not. It is run in
-            evaluation mode, on the device where it is.
+        model: any module, or ``torch.compile`` of one. ``nn.Linear`` and transformers'
+            ``Conv1D`` that own their weight are converted; the summary says why
+            others are not. It is run in evaluation mode, on the device where it is.
         calibration: a few hundred unlabelled inputs, in batches: a Tensor is passed
             as ``model(x)``, a tuple as ``model(*x)``, a Mapping as ``model(**x)``.
         levels: 1 to 7 budgets in (0, 1], as fractions of the dense cost of the
@@ -135,6 +135,8 @@ def convert(
     """
     begin = time.perf_counter()
     ordered = check_levels(levels)
+    # Names and places are those of the model in a compiled wrapper.
+    model = getattr(model, "_orig_mod", model)
     _check(model, cost, include, exclude, min_features)
     _check_functions(output=output, token_mask=token_mask)
     check_iterable(calibration, "calibration")
@@ -267,6 +269,10 @@ def _check_functions(**functions: Any) -> None:
 def _check_weights(targets: Sequence[Target]) -> None:
     for target in targets:
         bias = target.module._parameters.get("bias")
+        if target.module.weight.is_inference():
+            why = "its weight was made in inference mode and can't be differentiated"
+            do = "Build or load the model outside of torch.inference_mode"
+            raise InvalidValue(f"layer {target.name!r}", why, do)
         if not all(t is None or t.isfinite().all() for t in (target.matrix(), bias)):
             why = "its weight or bias holds NaN or infinity"
             raise InvalidValue(f"layer {target.name!r}", why, "Mend it or exclude it")
