@@ -128,10 +128,10 @@ class Boom(Exception):
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
-@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("call", range(8))
 def test_a_model_that_fails_at_any_forward(watched, error, call):
-    # One batch runs once for statistics and metrics, once for the damages, twice to
-    # be counted, and once with the new layers.
+    # One batch runs once for statistics and metrics, twice to see that it can be cut,
+    # once for the damages, twice to be counted, and once with the new layers.
     calls = []
 
     def fail(module, args):
@@ -141,9 +141,9 @@ def test_a_model_that_fails_at_any_forward(watched, error, call):
 
     handle = watched.model[2].register_forward_pre_hook(fail)
     watched.before = watched.look()
-    if call > 4:
+    if call > 6:
         loraven.convert(watched.model, DATA)
-        assert len(calls) == 5
+        assert len(calls) == 7
         return
     with pytest.raises(error, match="stop"):
         loraven.convert(watched.model, DATA)

@@ -216,22 +216,53 @@ class Examples:
     def __init__(self, limit: int) -> None:
         self.limit = self._share = limit
         self._step, self._seen = 1, 0
+        self._divisible: bool | None = None
         self.batches: list[Any] = []
+
+    @property
+    def _least(self) -> int:
+        """Not below a sixth of the limit: small batches run slowly."""
+        return max(1, self.limit // 6)
+
+    def check(self, model: nn.Module, batch: Any, output: Output = None) -> None:
+        """Cut no batches if the first one's examples don't stand by themselves.
+
+        A tensor may be a table that all examples use, and as long as there are
+        examples: then the model fails on a part of the batch, or gives other values.
+        """
+        if self._divisible is None and size(batch) > self._least:
+            self._divisible = _divides(model, batch, self._least, output)
 
     def add(self, batch: Any) -> None:
         """Take from one more batch, and less from those before when it is too much."""
+        if self._divisible is False:
+            self._share = max(self._share, size(batch))
         if self._seen % self._step == 0:
             self.batches.append(_head(batch, self._share))
         self._seen += 1
         while sum(map(size, self.batches)) > self.limit:
-            # Not below a sixth of the limit: small batches run slowly.
-            if self._share > max(1, self.limit // 6):
-                self._share = max(1, self.limit // 6, self._share // 2)
+            if self._share > self._least and self._divisible is not False:
+                self._share = max(self._least, self._share // 2)
                 self.batches = [_head(batch, self._share) for batch in self.batches]
             elif len(self.batches) > 1:
                 self._step, self.batches = 2 * self._step, self.batches[::2]
             else:
                 return
+
+
+def _divides(model: nn.Module, batch: Any, count: int, output: Output) -> bool:
+    whole = main_output(run(model, batch), output)
+    try:
+        part = main_output(run(model, _head(batch, count)), output)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return False
+    if not whole.ndim or len(whole) != size(batch):
+        # No output by examples: it can't be told, and runs.
+        return True
+    if part.shape != whole[:count].shape:
+        return False
+    part, whole = part.double(), whole[:count].double()
+    return bool((part - whole).norm() <= 1e-2 * whole.norm())
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ and a failure of one process is raised by all of them instead of letting them wa
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -135,6 +135,8 @@ def _pass(
             square = watch.mask is not None and len(set(watch.mask.shape)) == 1
             if not (judge.token_mask and square):
                 watch.settle(model, batch)
+            with watch.pausing():
+                examples.check(model, batch, judge.output)
             examples.add(batch)
     if not count:
         raise InvalidValue(
@@ -277,13 +279,22 @@ class _Watch:
             return
         self.settled |= self.doubtful
         self.doubtful = set()
-        self.paused = True
-        for name in unlike_the_mask(model, batch, self.mask, doubtful):
+        with self.pausing():
+            unlike = unlike_the_mask(model, batch, self.mask, doubtful)
+        for name in unlike:
             self.skipped[name] = (
                 "its input is not in the order of the mask: what padding holds "
                 "changes vectors that it calls valid; token_mask= can give another"
             )
-        self.paused = False
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Forwards that no statistics are taken of."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
     def finish(self, targets: Sequence[Target]) -> Calibration:
         """Add up over processes, and turn sums into moments, one layer at a time."""
