@@ -59,6 +59,10 @@ def watched(mlp):
         ({"levels": (0.5, 0.5)}, ValueError, "twice"),
         ({"levels": 0.5}, TypeError, "levels=0.5"),
         ({"levels": ("a",)}, TypeError, "levels="),
+        ({"levels": "1"}, TypeError, "levels='1'"),
+        ({"levels": [True]}, TypeError, r"levels=\[True\]"),
+        ({"levels": {0.5: 1}}, TypeError, "levels={"),
+        ({"levels": None}, TypeError, "levels=None"),
         ({"levels": (0.01, 1.0)}, ValueError, "level 0.01.*Give 0.[12]"),
         ({"cost": "mac"}, ValueError, "'mac'.*'latency'"),
         ({"cost": 3}, TypeError, "cost=3"),
@@ -227,3 +231,14 @@ def test_a_wrapped_model_is_to_be_converted_first(mlp):
 
     with pytest.raises(ValueError, match="then wrap it"):
         loraven.convert(Parallel(mlp()), DATA)
+
+
+def test_a_part_that_is_wrapped_for_several_processes_is_refused(mlp):
+    wrapped = nn.parallel.DistributedDataParallel.__new__(
+        nn.parallel.DistributedDataParallel
+    )
+    nn.Module.__init__(wrapped)
+    wrapped.module = mlp()
+    for model, what in ((wrapped, "Distr"), (nn.Sequential(wrapped), "part '0', a Di")):
+        with pytest.raises(ValueError, match=f"{what}.*Convert the module first"):
+            loraven.convert(model, DATA)

@@ -243,9 +243,11 @@ def _check(
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch Module, not a {kind}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        do = "Convert the module first, then wrap it"
-        raise InvalidValue(kind, "its gradients are tied to its parameters", do)
+    for name, part in model.named_modules():
+        if isinstance(part, nn.parallel.DistributedDataParallel):
+            what = f"part {name!r}, a {type(part).__name__}" if name else kind
+            do = "Convert the module first, then wrap it"
+            raise InvalidValue(what, "its gradients are tied to its parameters", do)
     if is_converted(model):
         raise InvalidValue(kind, "already converted", "Call loraven.revert first")
     for name, value in (("include", include), ("exclude", exclude)):
