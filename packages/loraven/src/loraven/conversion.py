@@ -20,7 +20,7 @@ weights, so that all hold the same family.
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,13 @@ import torch
 from torch import nn
 
 from loraven.allocate import allocate
+from loraven.arguments import (
+    Cost,
+    check_functions,
+    check_request,
+    check_weights,
+    require,
+)
 from loraven.batches import Judge, Output, TokenMask, check_iterable
 from loraven.calibrate import (
     Calibration,
@@ -36,10 +43,9 @@ from loraven.calibrate import (
     damages,
     gathered,
 )
-from loraven.checks import integer
 from loraven.eligible import Target, find_targets
 from loraven.factorize import Factors, Moments, Pivots, output_pca, pivot
-from loraven.family import Family, install, is_converted, revert
+from loraven.family import Family, install, revert
 from loraven.forms import Choice, choices, cost_function, form_macs
 from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
@@ -47,9 +53,6 @@ from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 from torchworks_core.errors import InvalidValue, NotReady
 
 __all__ = ["convert"]
-
-_COSTS = ("macs", "latency", "energy")
-Cost = str | Callable[[int, int, int, str], float]
 
 
 class _Layer(NamedTuple):
@@ -137,19 +140,19 @@ def convert(
     ordered = check_levels(levels)
     # Names and places are those of the model in a compiled wrapper.
     model = getattr(model, "_orig_mod", model)
-    _check(model, cost, include, exclude, min_features)
-    _check_functions(output=output, token_mask=token_mask)
+    check_request(model, cost, include, exclude, min_features)
+    check_functions(output=output, token_mask=token_mask)
     check_iterable(calibration, "calibration")
     # What is made in inference mode could never be trained.
     with torch.inference_mode(False):
         targets, skipped = find_targets(model, include, exclude, min_features)
-        _require(targets, skipped)
-        _check_weights(targets)
+        require(targets, skipped)
+        check_weights(targets)
         judge = Judge(output, token_mask, sensitivity)
         found = calibrate(model, calibration, targets, judge)
         targets = [target for target in targets if target.name in found.moments]
         skipped |= found.skipped
-        _require(targets, skipped)
+        require(targets, skipped)
         while True:
             request = ordered, cost, judge
             summary, modules = _build(model, targets, found, skipped, request)
@@ -163,7 +166,7 @@ def convert(
                 return summary
             skipped |= dict.fromkeys(missed, "it is called by another reference")
             targets = [target for target in targets if target.name not in missed]
-            _require(targets, skipped)
+            require(targets, skipped)
 
 
 def _build(
@@ -231,60 +234,6 @@ def _installed(
         if problem is not None:
             raise NotReady(f"conversion in process {rank}", problem)
     return sorted({name for _, names in everyone for name in names})
-
-
-def _check(
-    model: nn.Module,
-    cost: Cost,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-    min_features: int,
-) -> None:
-    kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a torch Module, not a {kind}")
-    for name, part in model.named_modules():
-        if isinstance(part, nn.parallel.DistributedDataParallel):
-            what = f"part {name!r}, a {type(part).__name__}" if name else kind
-            do = "Convert the module first, then wrap it"
-            raise InvalidValue(what, "its gradients are tied to its parameters", do)
-    if is_converted(model):
-        raise InvalidValue(kind, "already converted", "Call loraven.revert first")
-    for name, value in (("include", include), ("exclude", exclude)):
-        texts = None if isinstance(value, str) else value or ()
-        if texts is None or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"{name}={value!r}: a list of shell patterns is needed")
-    integer("min_features", min_features)
-    if not isinstance(cost, str) and not callable(cost):
-        raise TypeError(f"cost={cost!r}: a name or a function is needed")
-    if isinstance(cost, str) and cost not in _COSTS:
-        do = f"Give one of {', '.join(map(repr, _COSTS))}, or a function"
-        raise InvalidValue(f"cost={cost!r}", "unknown", do)
-
-
-def _check_functions(**functions: Any) -> None:
-    for name, value in functions.items():
-        if value is not None and not callable(value):
-            raise TypeError(f"{name}={value!r}: a function or None is needed")
-
-
-def _check_weights(targets: Sequence[Target]) -> None:
-    for target in targets:
-        bias = target.module._parameters.get("bias")
-        if target.module.weight.is_inference():
-            why = "its weight was made in inference mode and can't be differentiated"
-            do = "Build or load the model outside of torch.inference_mode"
-            raise InvalidValue(f"layer {target.name!r}", why, do)
-        if not all(t is None or t.isfinite().all() for t in (target.matrix(), bias)):
-            why = "its weight or bias holds NaN or infinity"
-            raise InvalidValue(f"layer {target.name!r}", why, "Mend it or exclude it")
-
-
-def _require(targets: Sequence[Target], skipped: dict[str, str]) -> None:
-    if not targets:
-        reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
-        why = reasons or "it has no linear layer"
-        raise InvalidValue("no layer of the model can be converted", why)
 
 
 def _plan(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraven.batches import run, spread
+from loraven.batches import run
 from loraven.eligible import Target
 
 __all__ = ["is_ambiguous", "padded_otherwise", "unlike_the_mask"]
@@ -141,7 +141,7 @@ def _agrees(before: list[Tensor], after: list[Tensor], mask: Tensor) -> bool:
     for one, two in zip(before, after, strict=True):
         change = (two - one).abs()
         changed = change > _ROUNDING * change.max()
-        padding = ~spread(one[..., None], mask)
+        padding = ~mask.reshape(one.shape).to(one.device)
         otherwise = ~mask.T.reshape(one.shape).to(one.device)
         here, there = change[padding & ~otherwise], change[otherwise & ~padding]
         # One projection may miss a change, hence nearly all.
