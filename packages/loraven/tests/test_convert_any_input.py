@@ -104,3 +104,9 @@ def test_a_group_that_cannot_reach_a_level_is_named():
         loraven.convert(model, data, levels=(0.2, 1.0))
     smallest = float(str(caught.value).split("Give ")[1].split()[0])
     loraven.convert(model, data, levels=(smallest, 1.0))
+
+
+def test_a_cost_that_no_reduced_form_improves_is_said():
+    model = nn.Sequential(nn.Linear(64, 64)).eval()
+    with pytest.raises(ValueError, match=r"layer '0'.*costs less than"):
+        loraven.convert(model, [torch.randn(200, 64)], cost=lambda *sizes: 1.0)

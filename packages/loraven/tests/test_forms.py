@@ -361,3 +361,9 @@ def test_costs_that_do_not_fit_beside_the_first_are_refused():
     assert cost(8, 8, 8, "dense") > 1
     with pytest.raises(ValueError, match=r"more than 2\*\*14 times the first"):
         cost(800, 8, 8, "dense")
+
+
+def test_measuring_changes_no_random_number():
+    before = torch.get_rng_state()
+    LatencyTable(rows=2, repeats=1)(16, 16, 8, "prefix")
+    assert torch.equal(torch.get_rng_state(), before)

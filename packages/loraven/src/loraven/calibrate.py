@@ -148,9 +148,11 @@ def _gradients(
     forward: Callable[[], tuple[Tensor, Tensor | None]],
     targets: Sequence[Target],
     generator: torch.Generator,
+    inputs: bool,
 ) -> Iterator[Projection]:
     sites = {target.name: target.module for target in targets}
-    return gradients(forward, sites, projections=PROJECTIONS, generator=generator)
+    options = {"projections": PROJECTIONS, "generator": generator, "inputs": inputs}
+    return gradients(forward, sites, **options)
 
 
 def damages(
@@ -176,7 +178,7 @@ def damages(
     with evaluating(model):
         for batch in batches:
             forward = partial(judge.judged, model, batch)
-            for projection in _gradients(forward, targets, generator):
+            for projection in _gradients(forward, targets, generator, True):
                 curves.add(projection)
     return {name: curve.tolist() for name, curve in curves.finish().items()}
 
@@ -258,7 +260,7 @@ class _Watch:
     ) -> None:
         """Run the model, and take the gradients of its output."""
         try:
-            for projection in _gradients(forward, self.targets, random):
+            for projection in _gradients(forward, self.targets, random, False):
                 self.metrics.add(projection)
         except InvalidValue:
             # What went in may be the reason: then that is the better error.
@@ -275,7 +277,7 @@ class _Watch:
     def settle(self, model: nn.Module, batch: Any) -> None:
         """Drop the layers that the mask fits in its size alone."""
         doubtful = [t for t in self.targets if t.name in self.doubtful]
-        if not doubtful:
+        if not doubtful or self.mask is None:
             return
         self.settled |= self.doubtful
         self.doubtful = set()
@@ -302,7 +304,8 @@ class _Watch:
         everyone = gathered(self.work)
         groups: dict[tuple, int] = {}
         moments: dict[str, Moments] = {}
-        for owner in [name for name in self.owner if self.owner[name] == name]:
+        # In the targets' order: processes may have run the layers in another one.
+        for owner in [t.name for t in targets if self.owner.get(t.name) == t.name]:
             if owner in self.skipped:
                 continue
             sums = self.sums[owner]

@@ -100,9 +100,10 @@ def convert(
         exclude: shell patterns of the names to leave alone.
         min_features: smaller layers are left alone.
         sensitivity: weigh errors by what they do to the model's output, by two
-            backward passes for each batch; False: each layer by its own relative
-            error, for models without gradients; much worse. Layers that the output
-            does not depend on are left alone.
+            backward passes for each batch, and two more for up to 96 examples;
+            False: each layer by its own relative error, for models without
+            gradients; much worse. Layers that the output does not depend on are left
+            alone.
         output: picks the tensor that quality is judged by; None: the output itself,
             ``logits``, ``last_hidden_state``, or the first Tensor.
         token_mask: gives for a batch the mask of its valid positions, in the layout
@@ -373,12 +374,15 @@ def _choose(
     for numbers in sorted(groups.values(), key=lambda n: -_least(layers, n)):
         costs = [[c.cost for c in layers[number].choices] for number in numbers]
         mine = [losses[number] for number in numbers]
+        name = layers[numbers[0]].target.name
+        more = f" and the {len(numbers) - 1} that run as often as it"
+        who = f"layer {name!r}{more if len(numbers) > 1 else ''}"
+        if levels[0] < 1 <= _least(layers, numbers):
+            why = f"level {levels[0]}: no reduced form costs less than the layer itself"
+            raise InvalidValue(who, why, "Exclude it, or give another cost")
         try:
             picked = allocate(costs, mine, sum(cost[-1] for cost in costs), levels)
         except InvalidValue as error:
-            name = layers[numbers[0]].target.name
-            more = f" and the {len(numbers) - 1} that run as often as it"
-            who = f"layer {name!r}{more if len(numbers) > 1 else ''}"
             raise InvalidValue(who, str(error), "Or exclude it") from error
         for position, number in enumerate(numbers):
             options = layers[number].choices

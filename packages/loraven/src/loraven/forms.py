@@ -322,6 +322,8 @@ class LatencyTable:
             raise InvalidValue(f"rows={rows}, repeats={repeats}", "below 1")
         self.rows, self.repeats, self.contiguous = rows, repeats, contiguous
         self._options = {"dtype": dtype, "device": torch.device(device)}
+        # Of its own: measuring is to change no random number of the user's.
+        self._generator = torch.Generator(device).manual_seed(0)
         self._measured: dict[tuple[int, int], dict[tuple[str, int], int]] = {}
 
     def __call__(self, out: int, in_: int, rank: int, form: str) -> int:
@@ -382,7 +384,7 @@ class LatencyTable:
         return time.perf_counter() - begin
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, **self._options)
+        return torch.randn(*shape, generator=self._generator, **self._options)
 
     def _dense(self, out: int, in_: int) -> Callable[[], Tensor]:
         x, weight, bias = (
@@ -401,6 +403,7 @@ class LatencyTable:
         x, skeleton = self._random(self.rows, in_), self._random(rank, in_)
         rest = self._random(out - rank, rank)
         biases = self._random(rank), self._random(out - rank)
-        inverse = torch.randperm(out, device=self._options["device"])
+        device = self._options["device"]
+        inverse = torch.randperm(out, generator=self._generator, device=device)
         arguments = skeleton, biases[0], rest, biases[1], inverse, self.contiguous
         return lambda: run_gauge(x, *arguments)
