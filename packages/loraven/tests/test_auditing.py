@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import binom
 from torch import nn
 
 import loraven
@@ -132,6 +133,30 @@ def test_the_interval_is_about_as_wide_as_fresh_data_vary():
     assert 0.4 < (high - low) / spread < 1.5
 
 
+def test_the_interval_has_the_spread_of_the_rival_in_it():
+    random = torch.Generator().manual_seed(0)
+    good = torch.rand(900, generator=random) < 0.85
+    scores = torch.stack([good.double(), torch.ones(900).double()], 1)
+    # There is nothing to see, so that the router always takes the dense level: all
+    # that varies is how many of the resampled examples the cheap level is enough for.
+    costs = torch.tensor([0.3, 1.0]).double()
+    given = Collected(scores, torch.zeros(900, 3).double(), costs, 0.0, 0)
+    found = judge(given, (0.3, 1.0), 0.95, 0.1, 5)
+    assert found.router_budget == 1.0
+    order = torch.randperm(900, generator=torch.Generator().manual_seed(5))
+    hits = binom(270, good[order[360:630]].double().mean().item())
+
+    def gain(count):
+        share = (243 - count) / (270 - count)
+        return 0.3 + 0.7 * min(1, max(0, share)) - 1
+
+    # More hits are a cheaper coin. The quantiles of 1000 draws are a little off.
+    low, high = found.interval
+    assert gain(hits.ppf(0.985)) <= low <= gain(hits.ppf(0.965))
+    assert gain(hits.ppf(0.035)) <= high <= gain(hits.ppf(0.015))
+    assert high - low > 0.1
+
+
 @pytest.mark.parametrize("count", [1, 5, 63])
 def test_too_few_examples_are_a_static_verdict_that_says_so(count):
     given = figures(count)
@@ -257,9 +282,10 @@ def test_wrong_arguments_are_refused_before_any_work():
     with pytest.raises(RuntimeError, match="was not converted"):
         audit(model, data)
     convert(model, data, levels=(0.5, 1.0), sensitivity=False)
-    for wrong in ({"target": 1.0}, {"alpha": 0.0}, {"alpha": 1.5}, {"seed": -1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            audit(model, data, **wrong)
+    given = ("target", 1.0), ("target", 2.0), ("alpha", 0.0), ("alpha", 1.5)
+    for name, value in (*given, ("seed", -1), ("seed", 2**64)):
+        with pytest.raises(ValueError, match=f"{name}={value}: "):
+            audit(model, data, **{name: value})
     for wrong in ({"target": "x"}, {"output": 1}, {"score": 1}, {"features": 1}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             audit(model, data, **wrong)

@@ -2,6 +2,8 @@
 """The command line on a tiny BERT and GPT-2, and without what it needs."""
 
 import re
+import runpy
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -203,6 +205,90 @@ def test_mistakes_are_one_sentence_and_exit_code_1(
     texts.write_text("just one\n")
     assert run(monkeypatch, "bench", *good[:3]) == 1
     assert "can't both calibrate and measure" in capsys.readouterr().err
+
+
+def test_what_can_be_refused_is_refused_before_the_model_is_read(
+    folders, texts, monkeypatch, capsys, tmp_path
+):
+    def read_model(_: Any) -> None:
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(commands, "read_model", read_model)
+    start, out = (folders["bert"], "--texts", texts), tmp_path / "out"
+    for arguments, message in (
+        (("convert", *start, "--out", texts), "is a file"),
+        (("convert", *start, "--out", texts / "a" / "b"), "is a file"),
+        (("convert", *start, "--out", out, "--levels", "0.5,0.5"), "one is there"),
+        (("audit", *start, "--target", 2), "target=2.0: no reduced level reaches it"),
+        (("audit", *start, "--alpha", 0), "alpha=0.0"),
+        (("bench", *start, "--levels", "1.5"), "in (0, 1]"),
+    ):
+        assert run(monkeypatch, *arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    # Whoever runs the tests may write everywhere.
+    monkeypatch.setattr(commands.os, "access", lambda *_: False)
+    with pytest.raises(InvalidValue, match="is read-only"):
+        commands._check_out(tmp_path / "a" / "b")
+    monkeypatch.undo()
+    commands._check_out(tmp_path / "a" / "b")
+    commands._check_out(tmp_path)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_failure_of_the_disk_is_one_sentence(
+    folders, texts, monkeypatch, capsys, tmp_path
+):
+    def save(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loraven, "save", save)
+    arguments = (folders["bert"], "--texts", texts, "--out", tmp_path / "factors")
+    assert run(monkeypatch, "convert", *arguments, "--levels", "0.6") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("loraven: --out ")
+    assert "No space left on device" in last
+
+
+def test_a_folder_that_lies_is_one_sentence(
+    folders, texts, monkeypatch, capsys, tmp_path
+):
+    folder = shutil.copytree(folders["bert"], tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    arguments = (folder, "--texts", texts, "--out", tmp_path / "out")
+    assert run(monkeypatch, "convert", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith(f"loraven: model '{folder}': ")
+
+
+@pytest.mark.parametrize("name", ["_check_extra", "import_module"])
+def test_interrupted_while_it_starts(monkeypatch, capsys, name):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, name, interrupt)
+    assert run(monkeypatch, "convert", "x") == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "loraven: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["loraven", "loraven.cli"])
+def test_the_module_is_the_command(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["-m", "--help"])
+    # runpy warns of a module that was imported before it is run.
+    monkeypatch.delitem(sys.modules, "loraven.cli")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(name, run_name="__main__")
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    assert "Usage: loraven" in printed
+    assert all(name in printed for name in ("convert", "audit", "bench"))
 
 
 def test_usage(monkeypatch, capsys):

@@ -149,6 +149,7 @@ def test_without_a_dense_level_the_dense_model_is_the_reference(mlp):
         (lambda a, b: torch.zeros(15), ValueError, "15 scores for 16 examples"),
         (lambda a, b: torch.zeros(16, 1), ValueError, r"shape is \(16, 1\)"),
         (lambda a, b: 0.5, TypeError, "returned a float"),
+        (lambda a, b: torch.ones(16) * 1j, TypeError, "complex"),
     ],
 )
 def test_scores_that_are_none_leave_the_model_as_it_was(

@@ -101,6 +101,11 @@ def test_ridge_refuses_what_it_cannot_use():
         fit_ridge(x, x / 0)
     with pytest.raises(ValueError, match="features: they hold NaN"):
         fit_ridge(x * torch.nan, x)
+    # 1e300 is finite, the sum of its squares is not.
+    for size in (1e300, 1.7e308):
+        with pytest.raises(ValueError, match="square beyond float64"):
+            fit_ridge(x.double().sign() * size, x)
+    fit_ridge(x.double().sign() * 1e150, x)
 
 
 def test_logs_and_limit_agree_and_end_at_a_millionth():

@@ -182,6 +182,8 @@ def test_features_of_another_shape_are_refused(converted, shape):
         look(model, (), lambda _: torch.ones(shape), (), batch)
     with pytest.raises(TypeError, match="returned a list, not a Tensor"):
         look(model, (), lambda _: [1.0], (), batch)
+    with pytest.raises(TypeError, match="returned complex numbers"):
+        look(model, (), lambda _: torch.ones(16, 2) * 1j, (), batch)
 
 
 @pytest.mark.critical

@@ -79,7 +79,8 @@ class AuditResult:
             if there is no router.
         oracle_budget: mean of the cheapest level that is good enough, were it known.
         levels: one row for each level.
-        interval: 95 % bootstrap interval of coin - router; NaN if there is no router.
+        interval: 95 % bootstrap interval of coin - router, above zero where the router
+            costs less; NaN if there is no router.
         router_cost: what looking at an example costs.
         r_squared: share of the variance of log(1 - score) that the router predicts on
             unseen examples, mean over levels; NaN if there is no router.
@@ -190,7 +191,7 @@ def audit(
     family = find_family(model)[1]
     target, alpha = check_goal(target, alpha)
     check_functions(score=score, output=output, features=features)
-    integer("seed", seed, 0)
+    integer("seed", seed, 0, 2**64 - 1)
     found = collect(model, data, score, output, features)
     return judge(found, family.levels, target, alpha, seed)
 

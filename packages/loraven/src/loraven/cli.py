@@ -3,6 +3,7 @@
 
 This module imports nothing of the extra ``[cli]``. A failure that the library
 explains is one sentence on standard error: exit code 2 without the extra, else 1.
+Ctrl-C is exit code 130.
 """
 
 import sys
@@ -28,6 +29,10 @@ def main() -> None:
         except TorchworksError as error:
             print(f"loraven: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, MissingExtra) else 1)
+        except KeyboardInterrupt:
+            # The imports take seconds; once a command runs, typer answers Ctrl-C.
+            print("loraven: interrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
@@ -42,3 +47,7 @@ def _check_extra() -> None:
         except ImportError as error:
             do = "Run: pip install 'loraven[cli]'"
             raise MissingExtra("command line", f"{name} is missing", do) from error
+
+
+if __name__ == "__main__":
+    main()

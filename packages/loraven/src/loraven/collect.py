@@ -191,6 +191,8 @@ class _Pass:
         if found.ndim != 1:
             why = f"their shape is {tuple(found.shape)}"
             raise InvalidValue("scores", why, "Pass score= that returns (N,)")
+        if found.is_complex():
+            raise TypeError("score= returned complex numbers, not real ones")
         found = found.double().cpu()
         if not (found <= 1 + 1e-6).all():
             why = "they hold NaN" if found.isnan().any() else "some are above 1"

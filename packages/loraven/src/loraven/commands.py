@@ -2,17 +2,16 @@
 """The subcommands of ``loraven``; imported by `loraven.cli` alone, needs ``[cli]``.
 
 Decisions:
-- A model is a folder of transformers, read without a network and without running
-  code out of it. Its class is the one that its config names.
-- Texts are a file with one example on each line. Padding is made here, so that a
-  tokenizer without a padding token will do; the attention mask says what is real.
+- What can be refused is refused before the model is read: the goal of an audit, the
+  levels, a folder that can't be written.
 - Without ``--factors`` audit and bench convert with every other text and measure on
   the rest: a file in some order doesn't set them apart.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -24,11 +23,20 @@ from tqdm import tqdm
 
 import loraven
 from loraven.batches import main_output, run, valid
+from loraven.features import check_goal
+from loraven.levels import check_levels
 from loraven.meter import as_device
+from loraven.reading import (
+    Batch,
+    Source,
+    check_runs,
+    read_batches,
+    read_model,
+    read_texts,
+)
 from torchworks_core import bench as timing
-from torchworks_core.errors import CorruptFile, InvalidValue, MissingFile
+from torchworks_core.errors import InvalidValue, MissingFile
 
-Batch = dict[str, torch.Tensor]
 _WEIGHING = "factorising and weighing the layers"
 
 app = typer.Typer(
@@ -49,16 +57,6 @@ MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of an example.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
 
 
-class Source(NamedTuple):
-    """Where a model comes from, and how its texts become batches."""
-
-    folder: Path
-    texts: list[str]
-    batch_size: int
-    max_length: int
-    device: torch.device
-
-
 @app.command()
 def convert(
     model_dir: Folder,
@@ -73,13 +71,19 @@ def convert(
     device: Device = "cpu",
 ) -> None:
     """Convert a model with unlabelled texts, and save the factors."""
-    source = _source(model_dir, texts, batch_size, max_length, device)
     chosen = _levels(levels)
+    _check_out(out)
+    source = _source(model_dir, texts, batch_size, max_length, device)
     model = read_model(source)
-    shown = _Shown(read_batches(source, source.texts), "calibration", _WEIGHING)
+    batches = read_batches(source, source.texts)
+    check_runs(source, model, batches)
+    shown = _Shown(batches, "calibration", _WEIGHING)
     options = {"levels": chosen, "cost": cost, "include": include or None}
     summary = loraven.convert(model, shown, exclude=exclude or (), **options)
-    loraven.save(model, out)
+    try:
+        loraven.save(model, out)
+    except OSError as error:
+        raise InvalidValue(f"--out {str(out)!r}", str(error)) from error
     print_levels(summary)
     typer.echo(f"saved in {out}")
 
@@ -98,9 +102,11 @@ def audit(
     device: Device = "cpu",
 ) -> None:
     """Say whether deciding the budget for each input pays on these texts."""
+    check_goal(target, alpha)
+    chosen = _levels(levels)
     source = _source(model_dir, texts, batch_size, max_length, device)
-    model, rest, _ = _family(source, factors, _levels(levels), cost)
-    shown = _Shown(read_batches(source, rest), "audit", "judging")
+    model, batches, _ = _family(source, factors, chosen, cost)
+    shown = _Shown(batches, "audit", "judging")
     typer.echo(str(loraven.audit(model, shown, target=target, alpha=alpha)))
 
 
@@ -117,10 +123,10 @@ def bench(
     device: Device = "cpu",
 ) -> None:
     """Time each level against the model as it is, and compare their outputs."""
+    chosen = _levels(levels)
     source = _source(model_dir, texts, batch_size, max_length, device)
-    model, rest, summary = _family(source, factors, _levels(levels), cost)
+    model, batches, summary = _family(source, factors, chosen, cost)
     original = read_model(source)
-    batches = read_batches(source, rest)
     wanted = [_pooled(original, batch) for batch in batches]
     table = Table("level", "time", "interval", "cosine", "min", "MACs of the model")
     for level, found in tqdm(summary.levels.items(), "levels", leave=False):
@@ -143,69 +149,6 @@ def bench(
         )
     Console().print(table)
     typer.echo("time: of the level, divided by the original model's; below 1 is faster")
-
-
-def read_texts(path: Path) -> list[str]:
-    """Return the lines of a text file in UTF-8 that are not blank.
-
-    Raises:
-        MissingFile: it is no file.
-        CorruptFile: it is not in UTF-8.
-        InvalidValue: it has no text.
-    """
-    if not path.is_file():
-        raise MissingFile(f"texts {str(path)!r}", "there is no such file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise CorruptFile(f"texts {str(path)!r}", str(error)) from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        do = "Put one example on each line"
-        raise InvalidValue(f"texts {str(path)!r}", "the file has no text", do)
-    return found
-
-
-def read_model(source: Source) -> nn.Module:
-    """Load the model of the class that its config names, in evaluation mode.
-
-    Raises:
-        CorruptFile: transformers can't make a model of the folder.
-    """
-    import transformers
-
-    folder, options = source.folder, {"local_files_only": True}
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        name = (config.architectures or ["AutoModel"])[0]
-        kind = getattr(transformers, name, transformers.AutoModel)
-        model = kind.from_pretrained(folder, dtype="auto", **options)
-    except (OSError, ValueError) as error:
-        raise CorruptFile(f"model {str(folder)!r}", str(error)) from error
-    return model.eval().to(source.device)
-
-
-def read_batches(source: Source, texts: list[str]) -> list[Batch]:
-    """Tokenize, pad on the right with a mask of what is real, and batch.
-
-    Raises:
-        CorruptFile: the folder has no tokenizer.
-        InvalidValue: the texts have no token.
-    """
-    import transformers
-
-    folder, load = source.folder, transformers.AutoTokenizer.from_pretrained
-    try:
-        tokenizer = load(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CorruptFile(f"tokenizer {str(folder)!r}", str(error)) from error
-    limit = {"truncation": True, "max_length": source.max_length}
-    rows = [ids for ids in tokenizer(texts, **limit)["input_ids"] if ids]
-    if not rows:
-        raise InvalidValue("texts", "the tokenizer makes no token of them")
-    pad = tokenizer.pad_token_id or 0
-    starts = range(0, len(rows), source.batch_size)
-    return [_pad(rows[i : i + source.batch_size], pad, source.device) for i in starts]
 
 
 def print_levels(summary: Any) -> None:
@@ -237,25 +180,42 @@ def _source(
 
 def _levels(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = [float(part) for part in text.split(",")]
     except ValueError as error:
         do = "Give numbers with commas between, as in 0.5,1.0"
         raise InvalidValue(f"--levels {text!r}", str(error), do) from error
+    return check_levels(found)
+
+
+def _check_out(out: Path) -> None:
+    """Raise InvalidValue where no folder can be made or written."""
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    what, do = f"--out {str(out)!r}", "Give a folder that can be written"
+    if not folder.is_dir():
+        it = "it" if folder == out else repr(str(folder))
+        raise InvalidValue(what, f"{it} is a file", do)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidValue(what, f"{str(folder)!r} is read-only", do)
 
 
 def _family(
     source: Source, factors: Path | None, levels: tuple[float, ...], cost: str
-) -> tuple[nn.Module, list[str], Any]:
-    """Return a converted model, the texts to measure on, and the summary."""
-    texts, model = source.texts, read_model(source)
-    if factors is not None:
-        return model, texts, loraven.load(model, factors)
-    if len(texts) < 2:
+) -> tuple[nn.Module, list[Batch], Any]:
+    """Return a converted model, the batches to measure on, and the summary."""
+    texts = source.texts
+    if factors is None and len(texts) < 2:
         do = "Give more, or --factors"
         raise InvalidValue("texts", "one can't both calibrate and measure", do)
-    shown = _Shown(read_batches(source, texts[::2]), "calibration", _WEIGHING)
-    summary = loraven.convert(model, shown, levels=levels, cost=cost)
-    return model, texts[1::2], summary
+    model = read_model(source)
+    if factors is not None:
+        summary = loraven.load(model, factors)
+        batches = read_batches(source, texts)
+        check_runs(source, model, batches)
+        return model, batches, summary
+    batches, known = (read_batches(source, texts[i::2]) for i in (1, 0))
+    check_runs(source, model, batches + known)
+    shown = _Shown(known, "calibration", _WEIGHING)
+    return model, batches, loraven.convert(model, shown, levels=levels, cost=cost)
 
 
 class _Shown:
@@ -270,14 +230,6 @@ class _Shown:
     def __iter__(self) -> Iterator[Batch]:
         yield from tqdm(self.batches, self.what, unit="batch", leave=False)
         typer.echo(f"{self.then} ...", err=True)
-
-
-def _pad(rows: list[list[int]], pad: int, device: torch.device) -> Batch:
-    longest = max(map(len, rows))
-    ids = [row + [pad] * (longest - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _cosines(

@@ -95,7 +95,8 @@ def fit_ridge(
         strengths: to choose from.
 
     Raises:
-        InvalidValue: values that are not finite, or fewer than 10 rows.
+        InvalidValue: values that are not finite, features whose variance is not, or
+            fewer than 10 rows.
 
     Example:
         >>> x = torch.arange(20.0)[:, None]
@@ -110,6 +111,10 @@ def fit_ridge(
     if len(x) < 2 * FOLDS:
         do = f"Give at least {2 * FOLDS}"
         raise InvalidValue(f"{len(x)} examples to learn from", "too few", do)
+    # A column with an infinite deviation would count as a constant one.
+    if not x.std(0, correction=0).isfinite().all():
+        why = f"{x.abs().max().item():.3g} is among them, its square beyond float64"
+        raise InvalidValue("features", why, "Give them in other units")
     variance = y.var(0, correction=0)
     weights = torch.where(variance > 0, 1 / variance, 0.0)
     errors = [0.0] * len(strengths)

@@ -38,7 +38,7 @@ def check_goal(target: float, alpha: float) -> tuple[float, float]:
         TypeError: one of them is no number.
         InvalidValue: the target is not below 1, or alpha not between 0 and 1.
     """
-    found = number("target", target, -math.inf, 1.0)
+    found = number("target", target, -math.inf)
     if found > 1 - 1e-6:
         do = "Give a target of at most 0.999999; the dense level scores 1"
         raise InvalidValue(f"target={found!r}", "no reduced level reaches it", do)
@@ -181,7 +181,7 @@ def look(
 
     Raises:
         InvalidValue: they are not (N, F).
-        TypeError: the user's function returned no Tensor.
+        TypeError: the user's function returned no Tensor, or complex numbers.
     """
     examples = regroup.count((args, kwargs))
     if features is None:
@@ -191,6 +191,8 @@ def look(
     found = features(as_batch(args, kwargs))
     if not isinstance(found, Tensor):
         raise TypeError(f"features= returned a {type(found).__name__}, not a Tensor")
+    if found.is_complex():
+        raise TypeError("features= returned complex numbers, not real ones")
     if found.ndim != 2 or len(found) != examples or not found.shape[1]:
         why = f"their shape is {tuple(found.shape)}"
         raise InvalidValue("features", why, f"Return ({examples}, F) for this batch")
