@@ -100,6 +100,26 @@ def parting(rank):
     return "nothing"
 
 
+class Crossing(nn.Module):
+    """In which order its layers run depends on the process."""
+
+    def __init__(self, rank):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in "ab")
+        self.order = (0, 1) if rank == 0 else (1, 0)
+
+    def forward(self, x):
+        inputs = x, 3 * x + 1
+        return sum(self.layers[i](inputs[i]) for i in self.order)
+
+
+def crossing(rank, batches):
+    model = Crossing(rank)
+    loraven.convert(model, batches)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -121,6 +141,7 @@ def worker(rank, folder):
         "plain": converted(data(rank), sensitivity=False)[0].state_dict(),
         "failing": failing(rank),
         "parting": parting(rank),
+        "crossing": crossing(rank, data(rank)),
     }
     report["losses"], report["trained"] = train(rank)
     torch.save(report, Path(folder, f"rank{rank}.pt"))

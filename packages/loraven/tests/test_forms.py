@@ -337,3 +337,33 @@ def test_errors_name_what_is_wrong():
         safe_ranks(factors.down, pivots, [3, 17])
     with pytest.raises(ValueError, match="rows=0"):
         LatencyTable(0)
+
+
+def test_costs_of_any_size_are_added_up():
+    for unit in (1e-300, 5e-324, 1e300):
+        cost = cost_function(lambda out, in_, rank, form, u=unit: rank * u)
+        assert cost(64, 64, 64, "dense") > cost(64, 64, 32, "prefix") >= 1
+    # Beside a much dearer layer they are as cheap as can be told.
+    cost = cost_function(lambda out, in_, rank, form: 1.0 if out > 8 else 1e-30)
+    assert cost(64, 64, 64, "dense") > 2**30
+    assert cost(8, 8, 8, "dense") == cost(8, 8, 4, "prefix") == 1
+
+
+@pytest.mark.parametrize("found", [None, "1", "a", True, 10**400, float("nan"), -1])
+def test_costs_that_are_no_positive_numbers_are_refused(found):
+    cost = cost_function(lambda out, in_, rank, form: found)
+    with pytest.raises(ValueError, match="of a 8 x 4 layer, rank 2, prefix"):
+        cost(8, 4, 2, "prefix")
+
+
+def test_costs_that_do_not_fit_beside_the_first_are_refused():
+    cost = cost_function(lambda out, in_, rank, form: float(out) ** 20)
+    assert cost(8, 8, 8, "dense") > 1
+    with pytest.raises(ValueError, match=r"more than 2\*\*14 times the first"):
+        cost(800, 8, 8, "dense")
+
+
+def test_measuring_changes_no_random_number():
+    before = torch.get_rng_state()
+    LatencyTable(rows=2, repeats=1)(16, 16, 8, "prefix")
+    assert torch.equal(torch.get_rng_state(), before)

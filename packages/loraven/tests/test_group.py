@@ -83,6 +83,18 @@ def test_processes_that_run_other_layers_say_so(reports):
 
 
 @pytest.mark.critical
+def test_processes_may_run_the_layers_in_another_order(reports):
+    everything = group_cases.data(0) + group_cases.data(1)
+    expected = group_cases.crossing(0, everything)
+    for report in reports:
+        for layer in ("layers.0", "layers.1"):
+            name = f"{layer}.up_bias"
+            torch.testing.assert_close(
+                report["crossing"][name], expected[name], atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.critical
 def test_ddp_trains_the_factors_without_looking_for_unused_ones(reports):
     first, second = reports
     assert equal(first["trained"], second["trained"])

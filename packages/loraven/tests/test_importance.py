@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraven.factorize import InputStatistics, output_pca
+from loraven.factorize import InputStatistics, Moments, output_pca
 from loraven.importance import DamageCurves, OutputMetrics, gradients
 
 EXAMPLES, TOKENS = 24, 5
@@ -201,3 +201,49 @@ def test_what_is_not_finite_is_named(model):
         metrics.add(calls)
     with pytest.raises(ValueError, match=r"layer 'first'.*not finite"):
         metrics.finish()
+
+
+def test_inputs_that_are_overwritten_later_count_as_they_were():
+    class InPlace(nn.Module):
+        def __init__(self, copy):
+            super().__init__()
+            self.layer, self.copy = nn.Linear(8, 8), copy
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.layer(x)
+            x = x.clone() if self.copy else x
+            return y + x.mul_(100.0)
+
+    x, curves = torch.randn(32, 8), []
+    for copy in (False, True):
+        torch.manual_seed(0)
+        model = InPlace(copy)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        moments = Moments(torch.zeros(8), torch.eye(8), 32, False)
+        factors = {"layer": output_pca(model.layer.weight, None, moments)}
+        damage, random = DamageCurves(factors), torch.Generator().manual_seed(0)
+        for projection in gradients(
+            lambda m=model: (m(x), None),
+            {"layer": model.layer},
+            projections=2,
+            generator=random,
+        ):
+            damage.add(projection)
+        curves.append(damage.finish()["layer"])
+    assert torch.equal(*curves)
+
+
+def test_an_output_of_one_number_is_judged():
+    layer = nn.Linear(8, 8)
+    metrics, random = OutputMetrics(), torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8)
+    for projection in gradients(
+        lambda: (layer(x).square().sum(), None),
+        {"layer": layer},
+        projections=1,
+        generator=random,
+    ):
+        metrics.add(projection)
+    assert metrics.finish()["layer"].shape == (8, 8)

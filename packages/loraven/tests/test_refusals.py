@@ -59,6 +59,10 @@ def watched(mlp):
         ({"levels": (0.5, 0.5)}, ValueError, "twice"),
         ({"levels": 0.5}, TypeError, "levels=0.5"),
         ({"levels": ("a",)}, TypeError, "levels="),
+        ({"levels": "1"}, TypeError, "levels='1'"),
+        ({"levels": [True]}, TypeError, r"levels=\[True\]"),
+        ({"levels": {0.5: 1}}, TypeError, "levels={"),
+        ({"levels": None}, TypeError, "levels=None"),
         ({"levels": (0.01, 1.0)}, ValueError, "level 0.01.*Give 0.[12]"),
         ({"cost": "mac"}, ValueError, "'mac'.*'latency'"),
         ({"cost": 3}, TypeError, "cost=3"),
@@ -128,10 +132,10 @@ class Boom(Exception):
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
-@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize("call", range(8))
 def test_a_model_that_fails_at_any_forward(watched, error, call):
-    # One batch runs once for statistics and metrics, once for the damages, and once
-    # to be counted.
+    # One batch runs once for statistics and metrics, twice to see that it can be cut,
+    # once for the damages, twice to be counted, and once with the new layers.
     calls = []
 
     def fail(module, args):
@@ -141,9 +145,9 @@ def test_a_model_that_fails_at_any_forward(watched, error, call):
 
     handle = watched.model[2].register_forward_pre_hook(fail)
     watched.before = watched.look()
-    if call > 2:
+    if call > 6:
         loraven.convert(watched.model, DATA)
-        assert len(calls) == 3
+        assert len(calls) == 7
         return
     with pytest.raises(error, match="stop"):
         loraven.convert(watched.model, DATA)
@@ -227,3 +231,14 @@ def test_a_wrapped_model_is_to_be_converted_first(mlp):
 
     with pytest.raises(ValueError, match="then wrap it"):
         loraven.convert(Parallel(mlp()), DATA)
+
+
+def test_a_part_that_is_wrapped_for_several_processes_is_refused(mlp):
+    wrapped = nn.parallel.DistributedDataParallel.__new__(
+        nn.parallel.DistributedDataParallel
+    )
+    nn.Module.__init__(wrapped)
+    wrapped.module = mlp()
+    for model, what in ((wrapped, "Distr"), (nn.Sequential(wrapped), "part '0', a Di")):
+        with pytest.raises(ValueError, match=f"{what}.*Convert the module first"):
+            loraven.convert(model, DATA)

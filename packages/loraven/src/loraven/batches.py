@@ -6,8 +6,9 @@ A Tensor is passed as ``model(x)``, a tuple or list as ``model(*x)``, a Mapping 
 to is never guessed.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "evaluating",
     "main_output",
     "run",
+    "trainable",
     "valid",
 ]
 
@@ -87,12 +89,18 @@ def check_iterable(batches: Any, what: str) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without gradients and in evaluation mode, then restore every flag."""
+    """Run without gradients and in evaluation mode, then restore every flag.
+
+    What was compiled runs as plain Python meanwhile: a finished graph calls no hook.
+    """
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:
             module.training = False
-        with torch.no_grad():
+        # Without a compiler in memory nothing is compiled, and loading it takes long.
+        stance = "torch._dynamo" in sys.modules
+        eager = torch.compiler.set_stance("force_eager") if stance else nullcontext()
+        with eager, torch.no_grad():
             yield
     finally:
         for module, flag in flags:
@@ -208,17 +216,33 @@ class Examples:
     def __init__(self, limit: int) -> None:
         self.limit = self._share = limit
         self._step, self._seen = 1, 0
+        self._divisible: bool | None = None
         self.batches: list[Any] = []
+
+    @property
+    def _least(self) -> int:
+        """Not below a sixth of the limit: small batches run slowly."""
+        return max(1, self.limit // 6)
+
+    def check(self, model: nn.Module, batch: Any, output: Output = None) -> None:
+        """Cut no batches if the first one's examples don't stand by themselves.
+
+        A tensor may be a table that all examples use, and as long as there are
+        examples: then the model fails on a part of the batch, or gives other values.
+        """
+        if self._divisible is None and size(batch) > self._least:
+            self._divisible = _divides(model, batch, self._least, output)
 
     def add(self, batch: Any) -> None:
         """Take from one more batch, and less from those before when it is too much."""
+        if self._divisible is False:
+            self._share = max(self._share, size(batch))
         if self._seen % self._step == 0:
             self.batches.append(_head(batch, self._share))
         self._seen += 1
         while sum(map(size, self.batches)) > self.limit:
-            # Not below a sixth of the limit: small batches run slowly.
-            if self._share > max(1, self.limit // 6):
-                self._share = max(1, self.limit // 6, self._share // 2)
+            if self._share > self._least and self._divisible is not False:
+                self._share = max(self._least, self._share // 2)
                 self.batches = [_head(batch, self._share) for batch in self.batches]
             elif len(self.batches) > 1:
                 self._step, self.batches = 2 * self._step, self.batches[::2]
@@ -226,11 +250,27 @@ class Examples:
                 return
 
 
+def _divides(model: nn.Module, batch: Any, count: int, output: Output) -> bool:
+    whole = main_output(run(model, batch), output)
+    try:
+        part = main_output(run(model, _head(batch, count)), output)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return False
+    if not whole.ndim or len(whole) != size(batch):
+        # No output by examples: it can't be told, and runs.
+        return True
+    if part.shape != whole[:count].shape:
+        return False
+    part, whole = part.double(), whole[:count].double()
+    return bool((part - whole).norm() <= 1e-2 * whole.norm())
+
+
 def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, Tensor):
         return [batch]
     values = batch.values() if isinstance(batch, Mapping) else batch
-    return [value for value in values if isinstance(value, Tensor)]
+    listed = isinstance(values, Iterable) and not isinstance(values, str)
+    return [value for value in values if isinstance(value, Tensor)] if listed else []
 
 
 def size(batch: Any) -> int:
@@ -241,14 +281,34 @@ def size(batch: Any) -> int:
 
 def _head(batch: Any, count: int) -> Any:
     """The first examples of a batch; all of it, where that can't be told."""
-    if size(batch) <= count:
-        return batch
+    return batch if size(batch) <= count else _mapped(batch, lambda x: x[:count])
 
-    def cut(value: Any) -> Any:
-        return value[:count] if isinstance(value, Tensor) else value
+
+def trainable(batch: Any) -> Any:
+    """A batch that gradients can pass through: tensors of inference mode are copied.
+
+    Call it outside of that mode.
+
+    Example:
+        >>> import torch
+        >>> with torch.inference_mode():
+        ...     x = torch.ones(2)
+        >>> trainable({"x": x})["x"].is_inference()
+        False
+    """
+    if not any(value.is_inference() for value in _tensors(batch)):
+        return batch
+    return _mapped(batch, lambda x: x.clone() if x.is_inference() else x)
+
+
+def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Each tensor of a batch changed; a batch of an unknown type as it is."""
+
+    def each(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Tensor):
-        return cut(batch)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: cut(value) for key, value in batch.items()}
-    return type(batch)(map(cut, batch)) if type(batch) in (tuple, list) else batch
+        return {key: each(value) for key, value in batch.items()}
+    return type(batch)(map(each, batch)) if type(batch) in (tuple, list) else batch

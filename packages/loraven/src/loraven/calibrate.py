@@ -5,7 +5,8 @@ Hooks look at each layer's input. Layers that receive the identical tensor (quer
 key, value) share one set of sums: the first of them keeps it, the others follow as
 long as they see the same tensors in every batch. Positions that the mask calls
 padding enter no sum; a layer whose input the mask can't be matched to is left out
-rather than guessed. The same forward gives the gradients of the output that the
+rather than guessed, and so is one where the sizes match and the order does not; see
+`loraven.layouts`. The same forward gives the gradients of the output that the
 layers are to be judged by, if they are; a layer without influence on it is left out.
 
 Under a process group, every process brings its own batches, the sums are added up,
@@ -15,7 +16,7 @@ and a failure of one process is raised by all of them instead of letting them wa
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraven.batches import Examples, Judge, evaluating, run, select, valid
+from loraven.batches import Examples, Judge, evaluating, run, select, trainable, valid
 from loraven.eligible import Target
 from loraven.factorize import Factors, InputStatistics, Moments
 from loraven.importance import DamageCurves, OutputMetrics, Projection, gradients
+from loraven.layouts import is_ambiguous, unlike_the_mask
 from torchworks_core.errors import InvalidValue, NotReady
 
 __all__ = ["Calibration", "calibrate", "count_macs", "damages", "gathered"]
@@ -49,6 +51,8 @@ class Calibration:
         rows: for each of them how many vectors went in, padding included: that is
             what it costs.
         calls: how often it ran.
+        groups: a number for each of them, the same for layers that took in as many
+            vectors, in as many calls, in every single batch.
         skipped: for each other layer the reason.
         examples: batches with at most 96 examples, from all over the data.
         tokens: valid vectors that the layer with the most of them has seen.
@@ -58,6 +62,7 @@ class Calibration:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     examples: list[Any] = field(default_factory=list)
     tokens: int = 0
@@ -118,13 +123,20 @@ def _pass(
             handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         count, generator = 0, torch.Generator().manual_seed(0)
-        for count, batch in enumerate(batches, 1):  # noqa: B007
+        for count, given in enumerate(batches, 1):  # noqa: B007
+            batch = trainable(given)
             watch.begin(valid(batch, judge.token_mask))
             if not judge.metrics:
                 run(model, batch)
             else:
                 watch.judge(partial(judge.judged, model, batch), generator)
             watch.end()
+            # A square mask of the user's own may be in another layout than the batch.
+            square = watch.mask is not None and len(set(watch.mask.shape)) == 1
+            if not (judge.token_mask and square):
+                watch.settle(model, batch)
+            with watch.pausing():
+                examples.check(model, batch, judge.output)
             examples.add(batch)
     if not count:
         raise InvalidValue(
@@ -136,9 +148,11 @@ def _gradients(
     forward: Callable[[], tuple[Tensor, Tensor | None]],
     targets: Sequence[Target],
     generator: torch.Generator,
+    inputs: bool,
 ) -> Iterator[Projection]:
     sites = {target.name: target.module for target in targets}
-    return gradients(forward, sites, projections=PROJECTIONS, generator=generator)
+    options = {"projections": PROJECTIONS, "generator": generator, "inputs": inputs}
+    return gradients(forward, sites, **options)
 
 
 def damages(
@@ -164,7 +178,7 @@ def damages(
     with evaluating(model):
         for batch in batches:
             forward = partial(judge.judged, model, batch)
-            for projection in _gradients(forward, targets, generator):
+            for projection in _gradients(forward, targets, generator, True):
                 curves.add(projection)
     return {name: curve.tolist() for name, curve in curves.finish().items()}
 
@@ -178,27 +192,36 @@ class _Watch:
         self.sums: dict[str, InputStatistics] = {}
         # The layer whose sums a layer uses: itself or another one.
         self.owner: dict[str, str] = {}
-        self.rows = dict.fromkeys((target.name for target in targets), 0)
-        self.calls = dict(self.rows)
+        # For each layer and batch, how many vectors it took in, in how many calls.
+        self.work: dict[str, list[tuple[int, int]]] = {t.name: [] for t in targets}
         self.skipped: dict[str, str] = {}
-        self.begin(None)
+        self.mask: Tensor | None = None
+        # Layers whose order was looked into, and those where it has to be.
+        self.settled: set[str] = set()
+        self.doubtful: set[str] = set()
+        self.paused = False
 
     def begin(self, mask: Tensor | None) -> None:
         """Before a forward: nothing of it was seen yet."""
         self.mask, self.inputs = mask, 0
         self.seen: dict[tuple, tuple[Any, str, int]] = {}
         self.trace: dict[str, list[int]] = {}
+        for done in self.work.values():
+            done.append((0, 0))
 
     def hook(self, target: Target) -> Any:
         """What looks at the input of one layer."""
 
         def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
+            if self.paused:
+                return
             if not isinstance(x, Tensor) or x.shape[-1:] != (target.in_features,):
                 # The layer itself says best what is wrong with it.
                 return
-            self.rows[target.name] += x.numel() // target.in_features
-            self.calls[target.name] += 1
+            done = self.work[target.name]
+            rows, calls = done[-1]
+            done[-1] = rows + x.numel() // target.in_features, calls + 1
             if target.name not in self.skipped:
                 self._take(target, x)
 
@@ -224,6 +247,8 @@ class _Watch:
             self.skipped[name] = f"its input and the mask have shapes {shapes}"
         if rows is None:
             return
+        if name not in self.settled and is_ambiguous(x, self.mask):
+            self.doubtful.add(name)
         if name not in self.sums:
             self.sums[name] = InputStatistics(target.in_features, x.device)
         self.sums[name].add(rows)
@@ -235,7 +260,7 @@ class _Watch:
     ) -> None:
         """Run the model, and take the gradients of its output."""
         try:
-            for projection in _gradients(forward, self.targets, random):
+            for projection in _gradients(forward, self.targets, random, False):
                 self.metrics.add(projection)
         except InvalidValue:
             # What went in may be the reason: then that is the better error.
@@ -249,12 +274,38 @@ class _Watch:
             if self.trace.get(name, []) != self.trace.get(owner, []):
                 self.skipped[name] = f"its input is that of {owner!r} in some batches"
 
+    def settle(self, model: nn.Module, batch: Any) -> None:
+        """Drop the layers that the mask fits in its size alone."""
+        doubtful = [t for t in self.targets if t.name in self.doubtful]
+        if not doubtful or self.mask is None:
+            return
+        self.settled |= self.doubtful
+        self.doubtful = set()
+        with self.pausing():
+            unlike = unlike_the_mask(model, batch, self.mask, doubtful)
+        for name in unlike:
+            self.skipped[name] = (
+                "its input is not in the order of the mask: what padding holds "
+                "changes vectors that it calls valid; token_mask= can give another"
+            )
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Forwards that no statistics are taken of."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
     def finish(self, targets: Sequence[Target]) -> Calibration:
         """Add up over processes, and turn sums into moments, one layer at a time."""
         result = Calibration(skipped=self.skipped)
-        totals = gathered((self.rows, self.calls))
+        everyone = gathered(self.work)
+        groups: dict[tuple, int] = {}
         moments: dict[str, Moments] = {}
-        for owner in [name for name in self.owner if self.owner[name] == name]:
+        # In the targets' order: processes may have run the layers in another one.
+        for owner in [t.name for t in targets if self.owner.get(t.name) == t.name]:
             if owner in self.skipped:
                 continue
             sums = self.sums[owner]
@@ -278,8 +329,10 @@ class _Watch:
                 result.moments[name] = moments[owner]
                 if self.judged:
                     result.metrics[name] = judged[name]
-                result.rows[name] = sum(rows[name] for rows, _ in totals)
-                result.calls[name] = sum(calls[name] for _, calls in totals)
+                done = tuple(step for work in everyone for step in work[name])
+                result.rows[name] = sum(rows for rows, _ in done)
+                result.calls[name] = sum(calls for _, calls in done)
+                result.groups[name] = groups.setdefault(done, len(groups))
         result.tokens = max((m.tokens for m in moments.values()), default=0)
         return result
 
@@ -332,8 +385,11 @@ def count_macs(
         for target in targets:
 
             def look(
-                _: Any, args: tuple, kwargs: dict, target: Target = target
+                module: Any, args: tuple, kwargs: dict, target: Target = target
             ) -> None:
+                if module is not target.module:
+                    # A converted layer and its original have their hooks in common.
+                    return
                 x = args[0] if args else next(iter(kwargs.values()))
                 own[target.name] += x.numel() * target.out_features
 

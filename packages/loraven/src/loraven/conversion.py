@@ -3,26 +3,38 @@
 
 Find the layers, take the moments of their inputs, factorise, weigh their errors by
 what the output minds, choose a rank and a form for each layer and level, build the
-new layers, and only then swap them in. Whatever fails before leaves the model, its
-hooks and its flags as they were.
+new layers, and only then swap them in. One batch runs to see that they are called in
+place of the originals. Whatever fails leaves the model, its hooks and its flags as
+they were.
 
 The module is not called ``convert``: as an attribute of the package, that name is
 the function.
 
-A layer's cost counts as often as it ran on the calibration data, so a pooler that
-runs once for each sentence is not paid for as if it ran for each token. Under a
-process group every process takes the choices of the first, with the mean of all
+A level holds whatever the input is. Layers that ran equally often in every single
+calibration batch share one budget; a pooler that runs once for each sentence, or a
+decoder, has a budget of its own. So each group keeps to the level by itself, and
+with it every sum of them, in whatever proportion they run later. Under a process
+group every process takes the choices of the first, with the mean of all
 weights, so that all hold the same family.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from loraven.allocate import allocate
+from loraven.arguments import (
+    Cost,
+    check_functions,
+    check_request,
+    check_weights,
+    require,
+)
 from loraven.batches import Judge, Output, TokenMask, check_iterable
 from loraven.calibrate import (
     Calibration,
@@ -31,10 +43,9 @@ from loraven.calibrate import (
     damages,
     gathered,
 )
-from loraven.checks import integer
 from loraven.eligible import Target, find_targets
-from loraven.factorize import Factors, Pivots, output_pca, pivot
-from loraven.family import Family, install, is_converted
+from loraven.factorize import Factors, Moments, Pivots, output_pca, pivot
+from loraven.family import Family, install, revert
 from loraven.forms import Choice, choices, cost_function, form_macs
 from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
@@ -42,9 +53,6 @@ from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
 from torchworks_core.errors import InvalidValue, NotReady
 
 __all__ = ["convert"]
-
-_COSTS = ("macs", "latency", "energy")
-Cost = str | Callable[[int, int, int, str], float]
 
 
 class _Layer(NamedTuple):
@@ -56,6 +64,8 @@ class _Layer(NamedTuple):
     choices: list[Choice]
     # How often its cost counts.
     times: int
+    # Of the layers that run equally often.
+    group: int
 
 
 def convert(
@@ -74,27 +84,35 @@ def convert(
     """Convert ``model`` in place, and leave it at its largest level.
 
     Args:
-        model: any module. ``nn.Linear`` and transformers' ``Conv1D`` that own their
-            weight are converted; the summary says why others are not. It is run in
-            evaluation mode, on the device where it is.
+        model: any module, or ``torch.compile`` of one. ``nn.Linear`` and transformers'
+            ``Conv1D`` that own their weight are converted; the summary says why
+            others are not. It is run in evaluation mode, on the device where it is.
         calibration: a few hundred unlabelled inputs, in batches: a Tensor is passed
             as ``model(x)``, a tuple as ``model(*x)``, a Mapping as ``model(**x)``.
         levels: 1 to 7 budgets in (0, 1], as fractions of the dense cost of the
             converted layers. At 1.0 every layer runs as before, to the last bit.
+            Each group of layers that ran equally often in every calibration batch
+            keeps to them by itself, so they hold for other inputs, too, as long as
+            the layers of a group go on running equally often.
         cost: "macs"; "latency", measured on this machine; "energy", an estimator's;
             or a function (out, in, rank, form) -> positive number for one row.
         include: shell patterns of the names to convert; None: all.
         exclude: shell patterns of the names to leave alone.
         min_features: smaller layers are left alone.
         sensitivity: weigh errors by what they do to the model's output, by two
-            backward passes for each batch; False: each layer by its own relative
-            error, for models without gradients; much worse. Layers that the output
-            does not depend on are left alone.
+            backward passes for each batch, and two more for up to 96 examples;
+            False: each layer by its own relative error, for models without
+            gradients; much worse. Layers that the output does not depend on are left
+            alone.
         output: picks the tensor that quality is judged by; None: the output itself,
             ``logits``, ``last_hidden_state``, or the first Tensor.
         token_mask: gives for a batch the mask of its valid positions, in the layout
             of the layers' inputs; None: ``attention_mask`` of a Mapping. Padding
-            enters no statistics.
+            enters no statistics. Where a mask fits an input in two orders (flattened,
+            or as many examples as tokens), a batch runs with other padding, and a
+            layer that shows another order is left alone. That needs ids (B, T) or
+            floats (B, T, n) in the batch, and a ``token_mask`` that is not square:
+            else the mask's order is believed.
 
     Returns:
         The summary; ``print`` shows it as a table.
@@ -121,93 +139,102 @@ def convert(
     """
     begin = time.perf_counter()
     ordered = check_levels(levels)
-    _check(model, cost, include, exclude, min_features)
-    _check_functions(output=output, token_mask=token_mask)
+    # Names and places are those of the model in a compiled wrapper.
+    model = getattr(model, "_orig_mod", model)
+    check_request(model, cost, include, exclude, min_features)
+    check_functions(output=output, token_mask=token_mask)
     check_iterable(calibration, "calibration")
     # What is made in inference mode could never be trained.
     with torch.inference_mode(False):
         targets, skipped = find_targets(model, include, exclude, min_features)
-        _require(targets, skipped)
-        _check_weights(targets)
+        require(targets, skipped)
+        check_weights(targets)
         judge = Judge(output, token_mask, sensitivity)
         found = calibrate(model, calibration, targets, judge)
         targets = [target for target in targets if target.name in found.moments]
         skipped |= found.skipped
-        _require(targets, skipped)
-        layers, plans = _plan(model, targets, found, ordered, cost, judge)
-        modules = tuple(
-            NestedLinear(
-                layer.target.module,
-                layer.factors,
-                layer.pivots,
-                [Plan(choice.rank, choice.form) for choice in plan],
-                transposed=layer.target.transposed,
-            )
-            for layer, plan in zip(layers, plans, strict=True)
-        )
-        described = zip(layers, plans, strict=True)
-        summary = ConversionSummary(
-            layers=tuple(_describe(*both, ordered) for both in described),
-            skipped=skipped,
-            levels=_describe_levels(model, found, layers, plans, ordered),
-            tokens=found.tokens,
-            seconds=time.perf_counter() - begin,
-            cost=cost if isinstance(cost, str) else getattr(cost, "__name__", "cost"),
-            resident_bytes=sum(module.resident_bytes for module in modules),
-        )
-        names = tuple(target.name for target in targets)
-        family = Family(names, modules, ordered, summary)
-        family.set_level(len(ordered) - 1)
-        install(model, family)
-        return summary
+        require(targets, skipped)
+        while True:
+            request = ordered, cost, judge
+            summary, modules = _build(model, targets, found, skipped, request)
+            seconds = time.perf_counter() - begin
+            summary = replace(summary, seconds=seconds)
+            names = tuple(target.name for target in targets)
+            family = Family(names, modules, ordered, summary)
+            family.set_level(len(ordered) - 1)
+            missed = _installed(model, family, targets, found.examples[0])
+            if not missed:
+                return summary
+            skipped |= dict.fromkeys(missed, "it is called by another reference")
+            targets = [target for target in targets if target.name not in missed]
+            require(targets, skipped)
 
 
-def _check(
+def _build(
     model: nn.Module,
-    cost: Cost,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-    min_features: int,
-) -> None:
-    kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a torch Module, not a {kind}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        do = "Convert the module first, then wrap it"
-        raise InvalidValue(kind, "its gradients are tied to its parameters", do)
-    if is_converted(model):
-        raise InvalidValue(kind, "already converted", "Call loraven.revert first")
-    for name, value in (("include", include), ("exclude", exclude)):
-        texts = None if isinstance(value, str) else value or ()
-        if texts is None or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"{name}={value!r}: a list of shell patterns is needed")
-    integer("min_features", min_features)
-    if not isinstance(cost, str) and not callable(cost):
-        raise TypeError(f"cost={cost!r}: a name or a function is needed")
-    if isinstance(cost, str) and cost not in _COSTS:
-        do = f"Give one of {', '.join(map(repr, _COSTS))}, or a function"
-        raise InvalidValue(f"cost={cost!r}", "unknown", do)
+    targets: Sequence[Target],
+    found: Calibration,
+    skipped: dict[str, str],
+    request: tuple[tuple[float, ...], Cost, Judge],
+) -> tuple[ConversionSummary, tuple[NestedLinear, ...]]:
+    """The new layers, outside of the model, and what is to be said of them."""
+    levels, cost, judge = request
+    layers, plans = _plan(model, targets, found, levels, cost, judge)
+    modules = tuple(
+        NestedLinear(
+            layer.target.module,
+            layer.factors,
+            layer.pivots,
+            [Plan(choice.rank, choice.form) for choice in plan],
+            transposed=layer.target.transposed,
+        )
+        for layer, plan in zip(layers, plans, strict=True)
+    )
+    described = zip(layers, plans, strict=True)
+    summary = ConversionSummary(
+        layers=tuple(_describe(*both, levels) for both in described),
+        skipped=skipped,
+        levels=_describe_levels(model, found, layers, plans, levels),
+        tokens=found.tokens,
+        seconds=0.0,
+        cost=cost if isinstance(cost, str) else getattr(cost, "__name__", "cost"),
+        resident_bytes=sum(module.resident_bytes for module in modules),
+    )
+    return summary, modules
 
 
-def _check_functions(**functions: Any) -> None:
-    for name, value in functions.items():
-        if value is not None and not callable(value):
-            raise TypeError(f"{name}={value!r}: a function or None is needed")
+def _installed(
+    model: nn.Module, family: Family, targets: Sequence[Target], batch: Any
+) -> list[str]:
+    """Swap the layers in, and see that they run; else take them back, and say which.
 
-
-def _check_weights(targets: Sequence[Target]) -> None:
-    for target in targets:
-        bias = target.module._parameters.get("bias")
-        if not all(t is None or t.isfinite().all() for t in (target.matrix(), bias)):
-            why = "its weight or bias holds NaN or infinity"
-            raise InvalidValue(f"layer {target.name!r}", why, "Mend it or exclude it")
-
-
-def _require(targets: Sequence[Target], skipped: dict[str, str]) -> None:
-    if not targets:
-        reasons = "; ".join(f"{name!r}: {why}" for name, why in skipped.items())
-        why = reasons or "it has no linear layer"
-        raise InvalidValue("no layer of the model can be converted", why)
+    A model may hold a layer in a list of its own beside the attribute: it goes on
+    calling the original, at every level.
+    """
+    expected = count_macs(model, batch, targets)[1]
+    install(model, family)
+    error, missed = None, []
+    try:
+        new = [
+            target._replace(module=module)
+            for target, module in zip(targets, family.modules, strict=True)
+        ]
+        found = count_macs(model, batch, new)[1]
+        missed = [name for name in found if found[name] < expected[name]]
+    except Exception as problem:
+        error = problem
+    except BaseException:
+        revert(model)
+        raise
+    everyone = gathered((None if error is None else repr(error), missed))
+    if error is not None or any(problem or names for problem, names in everyone):
+        revert(model)
+    if error is not None:
+        raise error
+    for rank, (problem, _) in enumerate(everyone):
+        if problem is not None:
+            raise NotReady(f"conversion in process {rank}", problem)
+    return sorted({name for _, names in everyone for name in names})
 
 
 def _plan(
@@ -254,7 +281,11 @@ def _factorise(
         name, weight = target.name, target.matrix()
         bias = target.module._parameters.get("bias")
         metric = found.metrics.get(name)
+        multiple = 16 if weight.is_cuda else 8
         factors = output_pca(weight, bias, found.moments[name], metric=metric)
+        if factors.energy and factors.rank < multiple:
+            _warn_of_few_directions(target, found.moments[name], factors.rank)
+        factors = _widened(factors, target, multiple)
         pivots = pivot(factors.up)
         price, times = shared, found.rows[name]
         if price is None:
@@ -270,11 +301,50 @@ def _factorise(
             pivots,
             target.out_features,
             target.in_features,
-            multiple=16 if weight.is_cuda else 8,
+            multiple=multiple,
             cost=price,
         )
-        layers.append(_Layer(target, factors, pivots, options, times))
+        group = found.groups[name]
+        layers.append(_Layer(target, factors, pivots, options, times, group))
     return layers
+
+
+def _widened(factors: Factors, target: Target, multiple: int) -> Factors:
+    """Add directions without energy, up to the next rank that may be chosen.
+
+    Else a layer whose inputs hardly vary would have no reduced form at all. The new
+    outputs are independent of the others, so that a layer can be pivoted and trained.
+    """
+    rank = min(-factors.rank % multiple + factors.rank, *target.matrix().shape)
+    more = rank - factors.rank
+    if not more:
+        return factors
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(factors.up.shape[1], more, generator=generator)
+    basis = torch.cat([factors.up.T, random.to(factors.up)], 1)
+    extra = torch.linalg.qr(basis).Q[:, factors.rank :].T
+    return replace(
+        factors,
+        up=torch.cat([factors.up, extra]),
+        down=torch.cat(
+            [factors.down, factors.down.new_zeros(more, target.in_features)]
+        ),
+        down_bias=torch.cat([factors.down_bias, factors.down_bias.new_zeros(more)]),
+        tail=torch.cat([factors.tail, factors.tail[-1:].expand(more)]),
+    )
+
+
+def _warn_of_few_directions(target: Target, moments: Moments, rank: int) -> None:
+    """Constant inputs lose nothing; an outlier hides all the rest."""
+    spread = moments.covariance.diagonal().max()
+    if spread > 1e-12 * moments.mean.square().max():
+        warnings.warn(
+            f"the inputs of layer {target.name!r} make its outputs vary in {rank} of "
+            f"{target.out_features} directions, with a standard deviation of up to "
+            f"{spread.sqrt():.3g}. If that is an outlier, remove it",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _damages(
@@ -292,17 +362,38 @@ def _damages(
 def _choose(
     layers: Sequence[_Layer], curves: Sequence[list[float]], levels: tuple[float, ...]
 ) -> list[list[Choice]]:
-    costs = [[c.cost * layer.times for c in layer.choices] for layer in layers]
     losses = [
         [*(curve[choice.rank] for choice in layer.choices[:-1]), 0.0]
         for layer, curve in zip(layers, curves, strict=True)
     ]
-    dense = sum(cost[-1] for cost in costs)
-    picked = allocate(costs, losses, dense, levels)
-    return [
-        [layer.choices[level[number]] for level in picked]
-        for number, layer in enumerate(layers)
-    ]
+    plans: list[list[Choice]] = [[] for _ in layers]
+    groups: dict[int, list[int]] = {}
+    for number, layer in enumerate(layers):
+        groups.setdefault(layer.group, []).append(number)
+    # The one that is worst off first: what its error asks for is enough for all.
+    for numbers in sorted(groups.values(), key=lambda n: -_least(layers, n)):
+        costs = [[c.cost for c in layers[number].choices] for number in numbers]
+        mine = [losses[number] for number in numbers]
+        name = layers[numbers[0]].target.name
+        more = f" and the {len(numbers) - 1} that run as often as it"
+        who = f"layer {name!r}{more if len(numbers) > 1 else ''}"
+        if levels[0] < 1 <= _least(layers, numbers):
+            why = f"level {levels[0]}: no reduced form costs less than the layer itself"
+            raise InvalidValue(who, why, "Exclude it, or give another cost")
+        try:
+            picked = allocate(costs, mine, sum(cost[-1] for cost in costs), levels)
+        except InvalidValue as error:
+            raise InvalidValue(who, str(error), "Or exclude it") from error
+        for position, number in enumerate(numbers):
+            options = layers[number].choices
+            plans[number] = [options[level[position]] for level in picked]
+    return plans
+
+
+def _least(layers: Sequence[_Layer], numbers: Sequence[int]) -> float:
+    """The share of their dense cost that some layers can't do without."""
+    tables = [layers[number].choices for number in numbers]
+    return sum(table[0].cost for table in tables) / sum(t[-1].cost for t in tables)
 
 
 def _describe(

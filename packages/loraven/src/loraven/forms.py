@@ -49,6 +49,8 @@ _Whole = Callable[[int, int, int, str], int]
 # Largest interpolation weight, and largest deviation in float32, of a gauge form.
 _MAX_WEIGHT, _MAX_DEVIATION = 100.0, 1e-4
 _PICOJOULES = 1e9
+# Of one layer's cost, so that thousands of them fit 63 bits.
+_MOST_BITS = 50
 _MARGIN = 0.03
 
 
@@ -252,18 +254,29 @@ class _Integers:
 
     def __init__(self, cost: Cost) -> None:
         self.cost = cost
-        self.scale: float | None = None
+        # Of the power of two that all costs are multiplied by.
+        self.shift: int | None = None
 
     def __call__(self, out: int, in_: int, rank: int, form: str) -> int:
         found = self.cost(out, in_, rank, form)
-        if not 0 < found < math.inf:
-            what = f"cost {found!r} of a {out} x {in_} layer, rank {rank}, {form}"
+        what = f"cost {found!r} of a {out} x {in_} layer, rank {rank}, {form}"
+        try:
+            value = float(found)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if isinstance(found, str | bytes | bool) or not 0 < value < math.inf:
             raise InvalidValue(what, "it is not a positive finite number")
-        if self.scale is None:
+        if self.shift is None:
             # The first layer is worth about 2**36, so 2**17 such layers fit 53 bits.
-            self.scale = 2.0 ** (36 - math.frexp(float(found))[1])
-        scaled = float(found) * self.scale
-        return math.floor(scaled) if form == "dense" else math.ceil(scaled)
+            self.shift = 36 - math.frexp(value)[1]
+        mantissa, exponent = math.frexp(value)
+        if exponent + self.shift > _MOST_BITS:
+            why = f"it is more than 2**{_MOST_BITS - 36} times the first layer's cost"
+            raise InvalidValue(what, why, "Costs that are added up are in one unit")
+        scaled = math.ldexp(mantissa, exponent + self.shift)
+        whole = math.floor(scaled) if form == "dense" else math.ceil(scaled)
+        # As cheap as can be told beside the first layer.
+        return max(1, whole)
 
 
 class LatencyTable:
@@ -309,6 +322,8 @@ class LatencyTable:
             raise InvalidValue(f"rows={rows}, repeats={repeats}", "below 1")
         self.rows, self.repeats, self.contiguous = rows, repeats, contiguous
         self._options = {"dtype": dtype, "device": torch.device(device)}
+        # Of its own: measuring is to change no random number of the user's.
+        self._generator = torch.Generator(device).manual_seed(0)
         self._measured: dict[tuple[int, int], dict[tuple[str, int], int]] = {}
 
     def __call__(self, out: int, in_: int, rank: int, form: str) -> int:
@@ -369,7 +384,7 @@ class LatencyTable:
         return time.perf_counter() - begin
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, **self._options)
+        return torch.randn(*shape, generator=self._generator, **self._options)
 
     def _dense(self, out: int, in_: int) -> Callable[[], Tensor]:
         x, weight, bias = (
@@ -388,6 +403,7 @@ class LatencyTable:
         x, skeleton = self._random(self.rows, in_), self._random(rank, in_)
         rest = self._random(out - rank, rank)
         biases = self._random(rank), self._random(out - rank)
-        inverse = torch.randperm(out, device=self._options["device"])
+        device = self._options["device"]
+        inverse = torch.randperm(out, generator=self._generator, device=device)
         arguments = skeleton, biases[0], rest, biases[1], inverse, self.contiguous
         return lambda: run_gauge(x, *arguments)

@@ -61,6 +61,7 @@ def gradients(
     *,
     projections: int,
     generator: torch.Generator,
+    inputs: bool = True,
 ) -> Iterator[Projection]:
     """Run a model once and give gradients of random projections of its output.
 
@@ -70,6 +71,8 @@ def gradients(
         sites: The layers, by name.
         projections: How many projections, >= 1; each is one backward pass.
         generator: Of the random projections, on the CPU.
+        inputs: Whether the layers' inputs are needed, and copied: a model may write
+            into them afterwards. `OutputMetrics` needs none.
 
     Yields:
         For each projection the layers' gradients, which are zero at positions that
@@ -79,7 +82,7 @@ def gradients(
         InvalidValue: the output is not finite, or does not depend on the layers
             differentiably.
     """
-    with torch.enable_grad(), _recorded(sites) as runs:
+    with torch.enable_grad(), _recorded(sites, inputs) as runs:
         output, valid = forward()
     scale = _relative(output, valid)
     flat = [(name, x, y) for name, found in runs.items() for x, y in found]
@@ -109,7 +112,7 @@ def gradients(
 
 @contextmanager
 def _recorded(
-    sites: Mapping[str, nn.Module],
+    sites: Mapping[str, nn.Module], inputs: bool
 ) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """Keep input and output of every run of the sites, as parts of a graph."""
     runs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sites}
@@ -121,8 +124,9 @@ def _recorded(
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             x = args[0] if args else next(iter(options.values()))
-            runs[name].append((x.detach(), output))
-            # What follows may write into what it gets.
+            # What follows may write into both of them.
+            kept = x.detach().clone() if inputs else x.detach()
+            runs[name].append((kept, output))
             return output.clone()
 
         return keep
@@ -146,7 +150,7 @@ def _relative(output: Tensor, valid: Tensor | None) -> Tensor:
         why = "it holds NaN or infinity, or its norm overflows"
         do = "Give output= to judge by another tensor, or sensitivity=False"
         raise InvalidValue("output", why, do)
-    shape = (-1,) + (1,) * (output.ndim - 1)
+    shape = norm.shape + (1,) * (output.ndim - norm.ndim)
     inverse = torch.where(norm > 0, norm.reciprocal(), 0).view(shape)
     return _masked(inverse.expand(output.shape), valid)
 

@@ -40,8 +40,9 @@ class LevelSummary:
     """One level of the whole family.
 
     Attributes:
-        cost_fraction: cost of the converted layers, as a share of their dense cost;
-            never above the level.
+        cost_fraction: cost of the converted layers on the calibration data, as a
+            share of their dense cost; never above the level. Nor is it for each group
+            of layers that ran equally often, so it isn't on other inputs.
         model_macs_fraction: multiply-adds of the whole model, as a share of those
             it had, for one batch of the calibration data.
         resident_bytes: weights of the converted layers with this level alone, as
