@@ -127,6 +127,7 @@ def distill(
         True
     """
     root, family = find_family(model)
+    family.check(thorough=True)
     integer("steps", steps)
     rate = number("lr", lr, above=True)
     for name, value in (("loss", loss), ("output", output)):

@@ -28,7 +28,7 @@ from loraven.forms import FORMS
 from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
-from torchworks_core.errors import CorruptFile, InvalidValue, NotReady
+from torchworks_core.errors import CorruptFile, InvalidValue
 
 __all__ = ["load", "save"]
 
@@ -60,12 +60,11 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     from torchworks_core import checkpoint
 
     family = find_family(model)[1]
+    family.check(thorough=True)
     tensors, layers = {}, []
     for name, module, found in zip(
         family.names, family.modules, family.summary.layers, strict=True
     ):
-        if module.stale:
-            raise NotReady(f"layer {name!r}", "its factors are stale", "Convert again")
         for key in _TENSORS:
             tensors[f"{name}.{key}"] = getattr(module, key)
         layers.append(
