@@ -8,9 +8,10 @@ integers in the modules, so two twins in two threads don't disturb each other.
 """
 
 import copy
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,29 @@ _HOOKS = (
 )
 
 
+class Lock:
+    """A lock that one thread may take twice; a copy of it is a lock of its own.
+
+    Example:
+        >>> lock = Lock()
+        >>> with lock, lock, copy.deepcopy(lock):
+        ...     print("inside")
+        inside
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Lock, ()
+
+
 @dataclass(frozen=True)
 class Family:
     """The converted layers of one model.
@@ -45,12 +69,14 @@ class Family:
         modules: the layers themselves.
         levels: ascending, in (0, 1]; a layer's own number of a level is the index.
         summary: what the conversion returned.
+        lock: held by who changes the level for a while and puts it back.
     """
 
     names: tuple[str, ...]
     modules: tuple[NestedLinear, ...]
     levels: tuple[float, ...]
     summary: ConversionSummary
+    lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def index(self, budget: float) -> int:
         """The largest level that ``budget`` pays for."""
