@@ -154,7 +154,7 @@ class RoutedModel(nn.Module):
         Raises:
             InvalidValue: there is no tensor, or the groups' outputs can't be put
                 together.
-            NotReady: as for `route`.
+            NotReady: as for `route`, or the model's weights have changed since.
         """
         family = find_family(self.model)[1]
         examples = regroup.count((args, kwargs))
