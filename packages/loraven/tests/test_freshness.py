@@ -157,3 +157,28 @@ def test_a_level_with_the_layer_dense_needs_no_factors(mlp):
     plans = model[0].plans
     model[0].plans = (plans[1], plans[1])
     assert loraven.set_budget(model, 0.5) == 0.5
+
+
+@pytest.fixture
+def group(tmp_path):
+    """This process as a group of its own."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_switched_and_run(model, group):
+    from torch.distributed.fsdp import fully_shard
+
+    x, expected = data()[0], []
+    with torch.no_grad():
+        for level in (0.3, 0.7, 1.0):
+            loraven.set_budget(model, level)
+            expected.append(model(x))
+    for part in (model[0], model[2], model[4], model):
+        fully_shard(part, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with torch.no_grad():
+        for level, y in zip((0.3, 0.7, 1.0), expected, strict=True):
+            assert loraven.set_budget(model, level) == level
+            torch.testing.assert_close(model(x), y, atol=1e-4, rtol=1e-4)

@@ -4,7 +4,8 @@
 A fingerprint of the bits decides. It reads the whole weight, so it is taken again
 only where something may have changed: another Parameter, other memory, or a version
 counter that has moved. Writes through ``.data`` or numpy move none, and neither do
-fused optimizers; who is about to keep a result for good asks for the bits.
+fused optimizers; who is about to keep a result for good asks for the bits. Weights
+without bits to read here, sharded ones and those on the meta device, are trusted.
 
 Twins of a layer that share its tensors share one `Freshness`.
 """
@@ -12,7 +13,7 @@ Twins of a layer that share its tensors share one `Freshness`.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Freshness", "fingerprint"]
 
@@ -46,8 +47,9 @@ class Freshness:
 
     def note(self, weight: Tensor, bias: Tensor | None, stale: bool) -> None:
         """Remember what was found for these tensors as they are now."""
-        self.stale = stale
-        self._seen = (weight, bias, *_state(weight), *_state(bias))
+        self.stale, self._seen = stale, ()
+        if _readable(weight):
+            self._seen = (weight, bias, *_state(weight), *_state(bias))
 
     def look(
         self,
@@ -64,7 +66,7 @@ class Freshness:
             expected: the fingerprint of the values that the factors belong to.
             thorough: read the bits in any case.
         """
-        if weight.is_meta:
+        if not _readable(weight):
             return self.stale
         seen = self._seen
         same = not thorough and len(seen) > 0 and self.knows(weight, bias)
@@ -76,6 +78,10 @@ class Freshness:
     def __getstate__(self) -> dict[str, Any]:
         # Version counters of copies start anew.
         return {"stale": self.stale, "_seen": ()}
+
+
+def _readable(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int]:

@@ -193,7 +193,7 @@ class NestedLinear(nn.Module):
             thorough: Read all bits; False: only if a version counter has moved, which
                 it does not for writes through ``.data`` or by fused optimizers.
         """
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = self.weight, self.bias
         if not self._freshness.knows(weight, bias):
             self._freshness = Freshness()
         expected = self._buffers["fingerprint"]
@@ -406,8 +406,7 @@ class NestedLinear(nn.Module):
             if not stale:
                 self.fingerprint.copy_(fingerprint(self.weight, self.bias))
             self._build()
-        if not self.weight.is_meta:
-            self._freshness.note(self.weight, self.bias, stale)
+        self._freshness.note(self.weight, self.bias, stale)
         self._cut()
         return self
 
