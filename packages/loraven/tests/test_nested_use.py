@@ -75,6 +75,10 @@ def test_the_input_may_be_passed_by_the_name_it_has_in_linear(layer, budget):
     layer.level = 1 if budget == 0.5 else 3
     x = torch.randn(4, 64)
     assert torch.equal(layer(input=x), layer(x))
+    # The name that Conv1D gives to it.
+    assert torch.equal(layer(x=x), layer(x))
+    with pytest.raises(TypeError, match="one Tensor"):
+        layer()
     assert torch.equal(model(x), layer(x))
 
 

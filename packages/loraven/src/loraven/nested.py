@@ -246,12 +246,22 @@ class NestedLinear(nn.Module):
             raise InvalidValue(f"level={level}", f"there are 0 to {len(self.plans)}")
         self.level = level
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor | None = None, *, x: Tensor | None = None
+    ) -> Tensor:
         """(..., in) -> (..., out) at the present level.
+
+        Args:
+            input: As ``nn.Linear`` calls it.
+            x: The same, as transformers' ``Conv1D`` calls it.
 
         Raises:
             NotReady: a reduced level, and the factors belong to other weights.
         """
+        if input is None:
+            if x is None:
+                raise TypeError("forward() takes one Tensor")
+            input = x
         cut = None if is_compiling() else self._cuts[self.level]
         if not cut:
             # An empty cut is the original nn.Linear.
