@@ -421,7 +421,7 @@ def test_export_at_a_level_with_any_number_of_rows(level):
     nested.set_level(level)
     rows = torch.export.Dim("rows", min=1, max=512)
     program = torch.export.export(
-        nested, (torch.randn(8, 40),), dynamic_shapes={"x": {0: rows}}
+        nested, (torch.randn(8, 40),), dynamic_shapes={"input": {0: rows}}
     )
     for count in (1, 15, 16, 100):
         x = torch.randn(count, 40)

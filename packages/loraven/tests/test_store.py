@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import loraven
+from loraven.store import seal
 from torchworks_core import checkpoint
 
 
@@ -160,11 +161,13 @@ def refused(folder, match, model=None, error=ValueError):
     assert vars(model).keys() == state.keys()
 
 
-def edit(folder, change):
+def edit(folder, change, sealed=True):
     """Change the document, as someone who means harm or made a mistake would."""
     path = folder / "loraven.json"
     document = json.loads(path.read_text())
     change(document)
+    if sealed:
+        document["sha256"] = seal(document)
     path.write_text(json.dumps(document))
 
 
@@ -189,23 +192,27 @@ def at_top(key, value):
         (in_layer("forms", ["exec", "gauge", "dense"]), "layer '0', field 'forms'"),
         (in_layer("forms", [["dense"]] * 3), "layer '0', field 'forms'"),
         (in_layer("forms", "dense"), "layer '0', field 'forms'"),
-        (in_layer("forms", ["dense"] * 3), r"tensor '0\.(up|down).*not"),
-        (in_layer("in_features", 65), "field 'in_features'.*the model has 64"),
+        (in_layer("forms", ["dense"] * 3), "is not 64 where it is dense"),
+        (
+            lambda d: d["layers"][0].update(ranks=[64] * 3, forms=["dense"] * 3),
+            r"tensor '0\.(up|down).*not",
+        ),
+        (in_layer("in_features", 65), r"field 'in_features'.*the model has 64"),
         (in_layer("out_features", 96.0), "field 'out_features'"),
         (in_layer("expected_error", [0.1, -1, 0]), "field 'expected_error'"),
         (in_layer("expected_error", ["a", 0, 0]), "field 'expected_error'"),
         (in_layer("expected_error", None), "field 'expected_error'"),
-        (in_layer("sha256", "0" * 64), "layer '0', field 'sha256'.*other weights"),
+        (in_layer("sha256", "0" * 64), r"layer '0', field 'sha256'.*other weights"),
         (in_layer("sha256", None), "layer '0', field 'sha256'"),
-        (in_layer("name", "1"), "layer '1'.*no such layer"),
+        (in_layer("name", "1"), r"layer '1'.*no such layer"),
         (in_layer("name", "2"), "layer '2', field 'in_features'"),
-        (lambda d: d["layers"].append(d["layers"][0]), "layer '0': .*twice"),
+        (lambda d: d["layers"].append(d["layers"][0]), r"layer '0': .*twice"),
         (in_layer("name", "../up"), "no such layer"),
-        (in_layer("name", 3), "layer 0.*has no name"),
+        (in_layer("name", 3), r"layer 0.*has no name"),
         (at_top("layers", []), "field 'layers'"),
         (at_top("layers", ["0"]), "has no name"),
         (at_top("layers", None), "field 'layers'"),
-        (at_top("loraven", 2), "field 'loraven'.*is 2, this version reads 1"),
+        (at_top("loraven", 2), r"field 'loraven'.*is 2, this version reads 1"),
         (at_top("loraven", True), "field 'loraven'"),
         (at_top("levels", []), "field 'levels'"),
         (at_top("levels", [0.6, 0.3, 1.0]), "not ascending"),
@@ -228,6 +235,78 @@ def test_a_changed_document_is_refused(saved, change, match):
     folder = saved[0]
     edit(folder, change)
     refused(folder, match)
+
+
+@pytest.mark.critical
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (in_layer("forms", ["gauge"] * 3), r"layer '0', field 'forms'.*at level 1.0"),
+        (in_layer("forms", ["gauge", "dense", "gauge"]), r"field 'forms'.*level 1.0"),
+        (in_layer("ranks", [16, 8, 64]), r"field 'ranks'.*not ascending"),
+        (in_layer("ranks", [8, 16, 32]), r"field 'ranks'.*not 64 where it is dense"),
+        (at_top("levels", [0.1, 0.6, 1.0]), r"field 'cost_fraction'.*at level 0.1"),
+        (at_top("levels", [0.3, 0.6, 1]), r"field 'levels'.*no floats"),
+        (at_top("cost_fraction", [0.2, 0.4, 0.9]), r"'cost_fraction'.*layer is dense"),
+        (at_top("cost_fraction", [0.0, 0.0, 1.0]), r"'cost_fraction'.*by its plans"),
+        (at_top("cost_fraction", [0.29, 0.28, 1.0]), r"'cost_fraction'.*ascending"),
+        (at_top("cost_fraction", [0.3, 0.7, 1.0]), r"'cost_fraction'.*at level 0.6"),
+        (at_top("cost", "\x1b[2Jmacs"), "'cost': holds characters"),
+        (at_top("cost", "macs\n"), "'cost': holds characters"),
+        (at_top("skipped", {"a": "\x1b]0;owned\x07"}), r"'skipped'.*holds characters"),
+        (at_top("skipped", {"\x1b[31m": "b"}), r"'skipped'.*holds characters"),
+        (at_top("skipped", {"a": "\u202eb"}), r"'skipped'.*holds characters"),
+    ],
+)
+def test_a_document_that_contradicts_itself_is_refused(saved, change, match):
+    edit(saved[0], change)
+    refused(saved[0], match)
+
+
+def test_no_refusal_repeats_control_characters(saved):
+    edit(saved[0], in_layer("name", "\x1b[2J\u202e"))
+    with pytest.raises(ValueError, match="no such layer") as caught:
+        loraven.load(make(), saved[0])
+    assert str(caught.value).isprintable()
+
+
+def test_a_level_below_may_be_dense_but_then_all_above_are(saved):
+    def change(document):
+        document["levels"] = [0.3, 0.6, 0.7]
+        document["cost_fraction"] = [*document["cost_fraction"][:2], 0.7]
+        for layer in document["layers"]:
+            layer["forms"] = [layer["forms"][0], "dense", "gauge"]
+            layer["ranks"] = [layer["ranks"][0], 64, 64]
+
+    edit(saved[0], change)
+    refused(saved[0], r"field 'forms'.*smaller at a level than at the one below")
+
+
+def test_sizes_are_those_of_the_plans_whatever_the_document_says(saved):
+    folder, summary, *_ = saved
+
+    def change(document):
+        document["resident_bytes"], document["family_bytes"] = [1, 2, 3], 4
+
+    edit(folder, change)
+    assert loraven.load(make(), folder) == summary
+
+
+def test_damage_to_the_document_is_found(saved):
+    folder = saved[0]
+    for change in (at_top("tokens", 301), in_layer("expected_error", [0, 0, 0])):
+        edit(folder, change, sealed=False)
+        refused(folder, "field 'sha256': is not that of the document")
+    edit(folder, lambda document: document.pop("sha256"), sealed=False)
+    refused(folder, "field 'sha256'")
+
+
+@pytest.mark.parametrize("cost", ["energy", lambda m, n, r, f: 1.0 + r])
+def test_what_other_costs_chose_is_loaded(tmp_path, cost):
+    model, levels = make(), (0.3, 0.6, 0.8, 1.0)
+    summary = loraven.convert(model, [torch.randn(300, 64)], cost=cost, levels=levels)
+    loraven.save(model, tmp_path)
+    assert loraven.load(make(), tmp_path) == summary
 
 
 def with_tensors(folder, change):

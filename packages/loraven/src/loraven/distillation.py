@@ -13,7 +13,7 @@ it, the factors are put back.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +109,10 @@ def distill(
         The summary, with the losses before and after.
 
     Raises:
-        InvalidValue: fewer than two batches, a half-precision model, a loss that is
-            not finite; the model is then as it was.
-        NotReady: the model was not converted, or its factors are stale.
+        InvalidValue: fewer than two batches, a half-precision model, one without a
+            reduced level or made in inference mode, a loss that is not finite; the
+            model is then as it was.
+        NotReady: the model was not converted, or its weights have changed since.
         TypeError: an argument is of a wrong type.
 
     Example:
@@ -133,13 +134,15 @@ def distill(
         if value is not None and not callable(value):
             raise TypeError(f"{name}={value!r}: a function or None is needed")
     check_iterable(data, "data")
-    batches = list(data)
-    _check(root, family, batches)
     begin = time.perf_counter()
-    lesson = _Lesson(model, family, loss or _default_loss, output)
     generator = torch.Generator().manual_seed(integer("seed", seed, 0))
-    with evaluating(model), lesson:
-        reason = lesson.train(batches, steps, rate, generator)
+    # What is made in inference mode can not be trained on.
+    with torch.inference_mode(False):
+        batches = [_plain(batch) for batch in data]
+        _check(root, family, batches)
+        lesson = _Lesson(model, family, loss or _default_loss, output)
+        with evaluating(model), lesson:
+            reason = lesson.train(batches, steps, rate, generator)
     return DistillSummary(
         steps=steps,
         seconds=time.perf_counter() - begin,
@@ -150,7 +153,31 @@ def distill(
     )
 
 
+def _plain(batch: Any) -> Any:
+    """A batch without tensors of inference mode; itself, if it has none."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    if not isinstance(batch, Mapping) and type(batch) not in (tuple, list):
+        return batch
+    old = list(batch.values() if isinstance(batch, Mapping) else batch)
+    new = [_plain(value) for value in old]
+    if all(a is b for a, b in zip(old, new, strict=True)):
+        return batch
+    if isinstance(batch, Mapping):
+        return dict(zip(batch, new, strict=True))
+    return type(batch)(new)
+
+
 def _check(root: nn.Module, family: Family, batches: Sequence[Any]) -> None:
+    kind = type(root).__name__
+    family.check(thorough=True)
+    plans = [plan for module in family.modules for plan in module.plans]
+    if all(plan.form == "dense" for plan in plans):
+        why = "every level runs every layer dense, so there is nothing to train"
+        raise InvalidValue(kind, why, "Convert with a level below 1.0")
+    if any(t.is_inference() for t in (*root.parameters(), *root.buffers())):
+        why = "some of its tensors were made in inference mode"
+        raise InvalidValue(kind, why, "Give copy.deepcopy(model), made outside of it")
     if len(batches) < 2:
         why = f"{len(batches)} batch(es); one judges, and the others train"
         raise InvalidValue("data", why, "Give two or more")
@@ -158,7 +185,7 @@ def _check(root: nn.Module, family: Family, batches: Sequence[Any]) -> None:
         if module.weight.dtype not in (torch.float32, torch.float64):
             why = f"small steps are lost in {module.weight.dtype}"
             do = "Call model.float() first, and convert the dtype back afterwards"
-            raise InvalidValue(type(root).__name__, why, do)
+            raise InvalidValue(kind, why, do)
 
 
 def _default_loss(output: Tensor, reference: Tensor) -> Tensor:
@@ -268,6 +295,10 @@ class _Lesson:
         return found if keep is None else found * keep[..., None]
 
     def _finite(self, loss: Tensor) -> float:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            kind = type(loss).__name__
+            size = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+            raise TypeError(f"loss returned a {kind}{size}: a 0-dim Tensor is needed")
         value = loss.item()
         if not abs(value) < float("inf"):
             raise InvalidValue(f"loss={value}", "it is not finite", "Give a smaller lr")
@@ -302,8 +333,8 @@ class _Lesson:
             before = losses[self.reduced.index(index)]
             with torch.enable_grad():
                 loss = self.loss(self.outputs(self.model, batch), reference)
+                self._finite(loss)
                 scaled = loss / before**0.5 if before > 0 else loss
-            self._finite(loss)
             found = torch.autograd.grad(scaled, self.factors, allow_unused=True)
             for factor, gradient in zip(self.factors, found, strict=True):
                 if gradient is not None:

@@ -13,10 +13,9 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from loraven.factorize import gauge_of_order
-from loraven.family import _KEY, find_family
+from loraven.family import _KEY, find_family, stale
 from loraven.forms import plain_gauge, run_gauge, run_prefix
 from loraven.nested import NestedLinear
-from torchworks_core.errors import NotReady
 
 __all__ = ["GaugeLinear", "PrefixLinear", "export_static"]
 
@@ -61,12 +60,12 @@ class PrefixLinear(_Reduced):
         self._hold(weight=down, down_bias=down_bias, up=up, bias=up_bias)
         self.in_features, self.out_features = down.shape[1], up.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if is_compiling():
-            low = linear(x, self.weight, self.down_bias)
+            low = linear(input, self.weight, self.down_bias)
             return linear(low, self.up.t(), self.bias)
-        return run_prefix(x, self.weight, self.down_bias, self.up.t(), self.bias)
+        return run_prefix(input, self.weight, self.down_bias, self.up.t(), self.bias)
 
 
 class GaugeLinear(_Reduced):
@@ -107,7 +106,7 @@ class GaugeLinear(_Reduced):
         self.register_buffer("inverse", inverse.clone())
         self.in_features, self.out_features = skeleton.shape[1], len(inverse)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         parts = (
             self.weight,
@@ -116,7 +115,8 @@ class GaugeLinear(_Reduced):
             self.interpolation_bias,
             self.inverse,
         )
-        return plain_gauge(x, *parts) if is_compiling() else run_gauge(x, *parts)
+        plain = is_compiling()
+        return plain_gauge(input, *parts) if plain else run_gauge(input, *parts)
 
 
 def export_static(model: nn.Module, budget: float) -> nn.Module:
@@ -162,8 +162,8 @@ def _static(
     rank, form = module.plans[index]
     if form == "dense":
         return copy.deepcopy(module.original, memo)
-    if module.stale:
-        raise NotReady(f"layer {name!r}", "its factors are stale", "Convert again")
+    if not module.check(thorough=True):
+        raise stale(name)
     masters = module.up, module.down, module.down_bias, module.up_bias
     if form == "prefix":
         up, down, down_bias, up_bias = masters

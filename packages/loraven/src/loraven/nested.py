@@ -10,8 +10,12 @@ Decisions:
 - Slices of the factors are cut once, not in each forward; they serve only while
   the module still holds the very Parameter that they were cut from.
 - A compiler sees the registered tensors and one branch: one graph for each level.
-- A fingerprint of the weight and bias bits travels in the state dict. Loading
-  other weights under factors that do not belong to them is noticed by it.
+- A fingerprint of the weight and bias bits travels in the state dict. Factors under
+  weights that they do not belong to are noticed by it: see `loraven.freshness`.
+- Copies that share all tensors share the derived forms and what is known of their
+  freshness, too; forms are written in place, so that all copies follow.
+- Where a factor was replaced, as by ``functional_call``, or wants a gradient, the
+  prefix form runs: it is the one that is a function of the factors themselves.
 """
 
 import sys
@@ -25,6 +29,7 @@ from torch.nn.functional import linear
 
 from loraven.factorize import Factors, Pivots, gauge_of_order, pivot
 from loraven.forms import safe_ranks
+from loraven.freshness import Freshness, fingerprint
 from loraven.runners import (
     FORMS,
     MANY_INPUTS,
@@ -40,10 +45,10 @@ __all__ = ["NestedLinear", "Plan"]
 
 _MASTERS = ("up", "down", "down_bias", "up_bias")
 _GAUGE = ("skeleton", "skeleton_bias", "interpolation", "interpolation_bias")
-# The Parameter "up" that was cut; below how many numbers of an input two products with
-# the two matrices at the end do; else the arguments and what to call with them.
-_Cut = tuple[Tensor, int, tuple, Callable[..., Tensor], Any, Any] | tuple[()] | None
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_Masters = tuple[Tensor, Tensor, Tensor, Tensor]
+# The factors that were cut; below how many numbers of an input two products with the
+# two matrices at the end do; else the arguments and what to call with them.
+_Cut = tuple[_Masters, int, tuple, Callable[..., Tensor], Any, Any] | tuple[()] | None
 
 
 class Plan(NamedTuple):
@@ -75,11 +80,13 @@ class NestedLinear(nn.Module):
         weight: The original's Parameter itself, and so is ``bias``.
         up: (R, out), Parameter without gradient, as are ``down`` (R, in),
             ``down_bias`` (R,) and ``up_bias`` (out,). In float16 the factors of
-            rank i are scaled by (tail[i] - tail[i + 1]) ** 0.25 so that what lies
-            between them cannot overflow.
+            rank i are scaled by max(1, tail[i] - tail[i + 1]) ** 0.25 so that what
+            lies between them cannot overflow.
         plans: The plans.
-        level: The level that runs, an int; written by anyone, from any thread.
-        stale: Whether the factors belong to other weights.
+        level: The level that runs, an int. A forward reads it once, so a write from
+            another thread is safe for this layer; a model of many layers that is
+            running meanwhile computes some of them at the old level and some at the
+            new one. Give each thread its own `loraven.at_budget`.
 
     Raises:
         InvalidValue: factors of other sizes, an unknown form, a rank that the
@@ -125,9 +132,10 @@ class NestedLinear(nn.Module):
         order = torch.arange(self.out_features) if pivots is None else pivots.order
         device = self.weight.device
         self.register_buffer("order", order.to(device, torch.int64, copy=True))
-        self.register_buffer("fingerprint", _fingerprint(self.weight, self.bias))
+        self.register_buffer("fingerprint", fingerprint(self.weight, self.bias))
         self.level = len(self.plans)
-        self.stale = False
+        self._freshness = Freshness()
+        self._freshness.note(self.weight, self.bias, False)
         self._training_form, self._contiguous_output = False, True
         self._build()
 
@@ -172,6 +180,24 @@ class NestedLinear(nn.Module):
     def original(self) -> nn.Module:
         """The module that was replaced; it shares ``weight`` and ``bias``."""
         return self._original[0]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the factors were found to belong to other weights."""
+        return self._freshness.stale
+
+    def check(self, thorough: bool = False) -> bool:
+        """Whether the factors belong to the weight and bias as they are now.
+
+        Args:
+            thorough: Read all bits; False: only if a version counter has moved, which
+                it does not for writes through ``.data`` or by fused optimizers.
+        """
+        weight, bias = self.weight, self.bias
+        if not self._freshness.knows(weight, bias):
+            self._freshness = Freshness()
+        expected = self._buffers["fingerprint"]
+        return not self._freshness.look(weight, bias, expected, thorough)
 
     @property
     def reduced_levels(self) -> int:
@@ -220,34 +246,46 @@ class NestedLinear(nn.Module):
             raise InvalidValue(f"level={level}", f"there are 0 to {len(self.plans)}")
         self.level = level
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor | None = None, *, x: Tensor | None = None
+    ) -> Tensor:
         """(..., in) -> (..., out) at the present level.
+
+        Args:
+            input: As ``nn.Linear`` calls it.
+            x: The same, as transformers' ``Conv1D`` calls it.
 
         Raises:
             NotReady: a reduced level, and the factors belong to other weights.
         """
+        if input is None:
+            if x is None:
+                raise TypeError("forward() takes one Tensor")
+            input = x
         cut = None if is_compiling() else self._cuts[self.level]
         if not cut:
             # An empty cut is the original nn.Linear.
-            known = cut is not None
-            return linear(x, self.weight, self.bias) if known else self._any(x)
-        master, few, arguments, run, down_t, up = cut
-        if master is not self._parameters["up"] or master.requires_grad:
-            return self._any(x)
-        if x.numel() < few and x.ndim == 2:
+            if cut is None:
+                return self._any(input)
+            return linear(input, self.weight, self.bias)
+        masters, few, arguments, run, down_t, up = cut
+        if self._freshness.stale or not self._frozen(masters):
+            return self._any(input)
+        if input.numel() < few and input.ndim == 2:
             _, down_bias, _, up_bias = arguments
-            return addmm(up_bias, addmm(down_bias, x, down_t), up)
-        return run(x, *arguments)
+            return addmm(up_bias, addmm(down_bias, input, down_t), up)
+        return run(input, *arguments)
 
     def _any(self, x: Tensor) -> Tensor:
         """Every case, from the registered tensors."""
-        if self.level == len(self.plans) or self.plans[self.level].form == "dense":
+        level = self.level
+        if level == len(self.plans) or self.plans[level].form == "dense":
             return run_dense(x, self.weight, self.bias, self.transposed)
-        if self.stale:
-            why = "their weights were changed by load_state_dict"
+        if self._freshness.stale:
+            why = "their weights have changed"
             raise NotReady("the factors are stale, convert again", why)
-        rank, form = self.plans[self.level]
-        if form == "gauge" and not self._training_form:
+        rank, form = self.plans[level]
+        if form == "gauge" and not self._training_form and self._frozen(self._cut_of):
             if is_compiling():
                 return plain_gauge(x, *self._gauge(rank))
             return run_gauge(x, *self._gauge(rank), contiguous=self._contiguous_output)
@@ -255,6 +293,21 @@ class NestedLinear(nn.Module):
         if is_compiling():
             return linear(linear(x, down, down_bias), up_t, up_bias)
         return run_prefix(x, down, down_bias, up_t, up_bias)
+
+    def _frozen(self, masters: _Masters) -> bool:
+        """Whether the factors are these Parameters, and none wants a gradient."""
+        now = self._parameters
+        up, down, down_bias, up_bias = masters
+        return (
+            now["up"] is up
+            and now["down"] is down
+            and now["down_bias"] is down_bias
+            and now["up_bias"] is up_bias
+            and not up.requires_grad
+            and not down.requires_grad
+            and not down_bias.requires_grad
+            and not up_bias.requires_grad
+        )
 
     def _prefix(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         down, bias = self.down[:rank], self.down_bias[:rank]
@@ -294,48 +347,76 @@ class NestedLinear(nn.Module):
     def _build(self) -> None:
         """Gauge forms by the stored order, then the slices."""
         if ranks := self._gauge_ranks():
-            self.register_buffer("inverse", self.order.argsort(), persistent=False)
+            self._put("inverse", self.order.argsort())
         masters = self.up, self.down, self.down_bias, self.up_bias
         for rank in ranks:
             made = gauge_of_order(*masters, self.order, rank)
             for name in _GAUGE:
-                value = getattr(made, name).to(self.weight)
-                self.register_buffer(f"{name}_{rank}", value, persistent=False)
+                self._put(f"{name}_{rank}", getattr(made, name).to(self.weight))
         self._cut()
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Into the buffer's memory if it fits: copies that share it follow."""
+        old = self._buffers.get(name)
+        if old is not None and not old.is_inference():
+            wanted = value.shape, value.dtype, value.device
+            if (old.shape, old.dtype, old.device) == wanted:
+                old.copy_(value)
+                return
+        self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
     def _cut(self) -> None:
         """What the reduced levels run, ready to call."""
         plain = self.in_features < MANY_INPUTS or not self.weight.is_cpu
         few = sys.maxsize if plain else MANY_ROWS * self.in_features
+        masters = self.up, self.down, self.down_bias, self.up_bias
         cuts: list[_Cut] = []
         for rank, form in (*self.plans, Plan(0, "dense")):
             if form == "dense":
                 cuts.append(None if self.transposed else ())
-            elif self.stale or self._training_form:
+            elif self._training_form:
                 cuts.append(None)
             elif form == "gauge":
                 arguments = (*self._gauge(rank), self._contiguous_output)
-                cuts.append((self.up, 0, arguments, run_gauge, None, None))
+                cuts.append((masters, 0, arguments, run_gauge, None, None))
             else:
                 arguments = tuple(part.detach() for part in self._prefix(rank))
                 ready = arguments[0].t(), arguments[2].t()
-                cuts.append((self.up, few, arguments, run_prefix, *ready))
-        self._cuts = cuts
+                cuts.append((masters, few, arguments, run_prefix, *ready))
+        self._cuts, self._cut_of = cuts, masters
 
     def _link(self) -> None:
         """Give the original the Parameters that this module has now."""
         for name in ("weight", "bias"):
             self.original._parameters[name] = self._parameters[name]
 
+    def _shared(self) -> list[Tensor | None]:
+        """What a copy that follows this one has in common with it."""
+        names = "weight", "bias", *_MASTERS
+        return [*(self._parameters[name] for name in names), self.order]
+
+    def _unshare(self, before: Sequence[Tensor | None]) -> None:
+        """Follow no copy any more, if tensors were replaced by others."""
+        if all(a is b for a, b in zip(before, self._shared(), strict=True)):
+            return
+        self._freshness = Freshness()
+        for name in [name for name in self._buffers if name.startswith(_GAUGE)]:
+            del self._buffers[name]
+        self._buffers.pop("inverse", None)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.weight.dtype
+        before, dtype, stale = self.weight, self.weight.dtype, not self.check(True)
         super()._apply(fn, recurse)
         self._link()
-        if self.weight.dtype != before and not self.weight.is_meta:
-            if not self.stale:
-                self.fingerprint.copy_(_fingerprint(self.weight, self.bias))
+        if self._parameters["weight"] is not before:
+            self._freshness = Freshness()
+            self._freshness.stale = stale
+        if self.weight.dtype != dtype and not self.weight.is_meta:
+            if not stale:
+                self.fingerprint.copy_(fingerprint(self.weight, self.bias))
             self._build()
+        self._freshness.note(self.weight, self.bias, stale)
         self._cut()
         return self
 
@@ -348,24 +429,26 @@ class NestedLinear(nn.Module):
         ]
         expected = state_dict.get(prefix + "fingerprint", self.fingerprint)
         expected = expected.detach().clone()
-        errors = len(args[-1])
+        errors, before = len(args[-1]), self._shared()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._link()
+        self._unshare(before)
         if self.weight.is_meta:
             return
-        found = _fingerprint(self.weight, self.bias)
+        found = fingerprint(self.weight, self.bias)
         # A checkpoint in another dtype is judged by its own bits, before rounding.
         fresh = torch.equal(found.cpu(), expected.cpu()) or (
             len(args[-1]) == errors
-            and torch.equal(_fingerprint(*given).cpu(), expected.cpu())
+            and torch.equal(fingerprint(*given).cpu(), expected.cpu())
         )
-        self.stale = not fresh
+        self._freshness.note(self.weight, self.bias, not fresh)
         if fresh:
             self.fingerprint.copy_(found)
         self._build()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_cuts"}
+        derived = "_cuts", "_cut_of"
+        return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -376,21 +459,3 @@ class NestedLinear(nn.Module):
         plans = ", ".join(f"{form}:{rank}" for rank, form in self.plans)
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, plans=[{plans}], level={self.level}"
-
-
-def _fingerprint(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Three integers made of the bits alone, so the same on every device."""
-    bits = _bits(weight)
-    sums = [bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)]
-    sums.append(sums[0][:0] if bias is None else _bits(bias).to(torch.int64))
-    return torch.stack([(part * _odd(part)).sum() for part in sums])
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(_BITS[tensor.element_size()])
-
-
-def _odd(like: Tensor) -> Tensor:
-    """Odd factors that differ at every place, modulo 2**64."""
-    places = torch.arange(len(like), device=like.device)
-    return places * -7046029254386353130 + 1

@@ -48,7 +48,9 @@ class RoutedModel(nn.Module):
 
     Usually made by `fit_router`. In another process, make one without numbers
     around the loaded model and call ``load_state_dict``. It changes the model's level
-    while it runs, so that two threads need one such model each.
+    while it runs, so that threads that share one wait for each other, and a call of
+    the model itself meanwhile runs at any level. For threads at the same time, give
+    each a RoutedModel around its own `loraven.at_budget`.
 
     Args:
         model: from `loraven.convert` or `loraven.load`. It keeps its own level.
@@ -152,12 +154,14 @@ class RoutedModel(nn.Module):
         Raises:
             InvalidValue: there is no tensor, or the groups' outputs can't be put
                 together.
-            NotReady: as for `route`.
+            NotReady: as for `route`, or the model's weights have changed since.
         """
         family = find_family(self.model)[1]
         examples = regroup.count((args, kwargs))
         chosen = self.route(*args, **kwargs) if examples else []
-        with kept_levels(family):
+        family.check()
+        # Two threads would read each other's levels as those to be put back.
+        with family.lock, kept_levels(family):
             found = self._run(family, chosen, args, kwargs)
         self.last_levels = tuple(family.levels[level] for level in chosen)
         return found

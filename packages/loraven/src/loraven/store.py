@@ -6,12 +6,16 @@ weights that it was made from, and their SHA-256 is checked. Forms are derived f
 the factors, so what is loaded runs as what was saved, to the bit.
 
 A file is foreign data: nothing in it is unpickled or executed, every number, name,
-shape and value is checked, and the model is touched only when all is well. The
+shape and value is checked, and the model is touched only when all is well. A hash
+finds damage to the document, but anyone can write a new one: so plans have to agree
+with levels and costs, sizes are computed anew, and no text reaches a terminal with
+control characters in it. The
 folder is written by `torchworks_core.checkpoint`: weights under a name that holds
 their hash, then the document, so a kill leaves the old or the new conversion whole.
 """
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -24,16 +28,17 @@ from torch import Tensor, nn
 from loraven.eligible import Target, find_targets
 from loraven.factorize import Factors, Pivots
 from loraven.family import Family, find_family, install, is_converted
-from loraven.forms import FORMS
+from loraven.forms import FORMS, form_macs
 from loraven.levels import check_levels
 from loraven.nested import NestedLinear, Plan
 from loraven.summary import ConversionSummary, LayerSummary, LevelSummary
-from torchworks_core.errors import CorruptFile, InvalidValue, NotReady
+from torchworks_core.errors import CorruptFile, InvalidValue
 
 __all__ = ["load", "save"]
 
 DOCUMENT = "loraven.json"
 _FORMAT = 1
+_NEAR = 1e-9
 _TENSORS = ("up", "down", "down_bias", "up_bias", "order")
 
 
@@ -60,12 +65,11 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     from torchworks_core import checkpoint
 
     family = find_family(model)[1]
+    family.check(thorough=True)
     tensors, layers = {}, []
     for name, module, found in zip(
         family.names, family.modules, family.summary.layers, strict=True
     ):
-        if module.stale:
-            raise NotReady(f"layer {name!r}", "its factors are stale", "Convert again")
         for key in _TENSORS:
             tensors[f"{name}.{key}"] = getattr(module, key)
         layers.append(
@@ -93,6 +97,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         "skipped": summary.skipped,
         "layers": layers,
     }
+    document["sha256"] = seal(document)
     checkpoint.save(folder, tensors, document, document_name=DOCUMENT, stem="loraven")
 
 
@@ -131,12 +136,25 @@ def load(model: nn.Module, folder: str | os.PathLike) -> ConversionSummary:
     modules = tuple(
         _module(reader, target, plans, tensors) for target, plans, _ in entries
     )
-    summary = reader.summary(levels, tuple(layer for _, _, layer in entries))
+    layers = tuple(layer for _, _, layer in entries)
+    summary = reader.summary(levels, layers, modules)
     names = tuple(target.name for target, *_ in entries)
     family = Family(names, modules, levels, summary)
     family.set_level(len(levels) - 1)
     install(model, family)
     return summary
+
+
+def seal(document: dict[str, Any]) -> str:
+    """SHA-256 of a document, without itself and what `checkpoint` adds.
+
+    Example:
+        >>> seal({"b": 1, "a": 0.5}) == seal({"a": 0.5, "b": 1, "torchworks": {}})
+        True
+    """
+    rest = {k: v for k, v in document.items() if k not in ("sha256", "torchworks")}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(module: nn.Module) -> str:
@@ -158,6 +176,8 @@ class _Reader:
         if type(document.get("loraven")) is not int or document["loraven"] != _FORMAT:
             why = f"is {document.get('loraven')!r}, this version reads {_FORMAT}"
             raise self.wrong("field 'loraven'", why)
+        if document.get("sha256") != seal(document):
+            raise self.wrong("field 'sha256'", "is not that of the document")
 
     def wrong(self, where: str, why: str) -> CorruptFile:
         do = "Restore the folder, or convert the model again"
@@ -183,8 +203,9 @@ class _Reader:
             levels = check_levels(found)
         except ValueError as error:
             raise self.wrong("field 'levels'", str(error)) from error
-        if list(levels) != found:
-            raise self.wrong("field 'levels'", "is not ascending")
+        # 1 would be a key like 1.0, but is printed as something else.
+        if list(levels) != found or not all(type(level) is float for level in found):
+            raise self.wrong("field 'levels'", "is not ascending, or no floats")
         return levels
 
     def layers(
@@ -204,7 +225,7 @@ class _Reader:
             target = known.pop(name, None)
             if target is None:
                 why = skipped.get(name, "no such layer in the model, or twice")
-                raise self.wrong(f"layer {name[:80]!r}", why)
+                raise self.wrong(f"layer {name[:80]!a}", why)
             found.append((target, *self.layer(entry, target, levels)))
         return found
 
@@ -228,6 +249,7 @@ class _Reader:
         if not fine or not all(type(f) is str and f in FORMS for f in forms):
             why = f"is not {count} of {', '.join(FORMS)}"
             raise self.wrong(f"{where}field 'forms'", why)
+        self.agree(target, ranks, forms, levels)
         errors = self.numbers(entry, "expected_error", count, 1.0 + 1e-9, where)
         if entry.get("sha256") != _digest(target.module):
             why = "differs: the conversion was made from other weights"
@@ -241,14 +263,65 @@ class _Reader:
             expected_error=dict(zip(levels, errors, strict=True)),
         )
 
-    def summary(
+    def agree(
+        self,
+        target: Target,
+        ranks: list[int],
+        forms: list[str],
+        levels: tuple[float, ...],
+    ) -> None:
+        """Plans that a conversion could have made for these levels."""
+        where = f"layer {target.name!r}, field "
+        if levels[-1] == 1.0 and forms[-1] != "dense":
+            why = f"is {forms[-1]!r} at level 1.0, which is the original layer"
+            raise self.wrong(f"{where}'forms'", why)
+        if sorted(ranks) != ranks:
+            raise self.wrong(f"{where}'ranks'", f"is {ranks}, not ascending")
+        dense = [form == "dense" for form in forms]
+        if sorted(dense) != dense:
+            why = "is smaller at a level than at the one below"
+            raise self.wrong(f"{where}'forms'", why)
+        largest = min(target.in_features, target.out_features)
+        if any(d and rank != largest for d, rank in zip(dense, ranks, strict=True)):
+            raise self.wrong(f"{where}'ranks'", f"is not {largest} where it is dense")
+
+    def costs(
         self, levels: tuple[float, ...], layers: Sequence[LayerSummary]
+    ) -> list[float]:
+        """Cost fractions that agree with the levels and the plans."""
+        costs = self.numbers(self.document, "cost_fraction", len(levels), 1.0)
+        where = "field 'cost_fraction'"
+        if sorted(costs) != costs:
+            raise self.wrong(where, "is not ascending")
+        for cost, level in zip(costs, levels, strict=True):
+            if cost > level * (1 + _NEAR):
+                raise self.wrong(where, f"is {cost:g} at level {level:g}")
+            shares = [_share(layer, level) for layer in layers]
+            if min(shares) == 1.0 != cost:
+                raise self.wrong(where, f"is {cost:g} where every layer is dense")
+            # How often each layer ran is not stored, only that none ran less than once.
+            low, high = min(shares) * (1 - _NEAR), max(shares) * (1 + _NEAR)
+            if self.document.get("cost") == "macs" and not low <= cost <= high:
+                why = (
+                    f"is {cost:g} at level {level:g}, by its plans {low:g} to {high:g}"
+                )
+                raise self.wrong(where, why)
+        return costs
+
+    def summary(
+        self,
+        levels: tuple[float, ...],
+        layers: Sequence[LayerSummary],
+        modules: Sequence[NestedLinear],
     ) -> ConversionSummary:
         """The rest of the document."""
         document, count = self.document, len(levels)
-        costs = self.numbers(document, "cost_fraction", count, 1.0)
-        macs = self.numbers(document, "model_macs_fraction", count, 1.0)
-        sizes = self.numbers(document, "resident_bytes", count, 2.0**63)
+        costs = self.costs(levels, layers)
+        # A cost that isn't multiply-adds may prefer a prefix form of many of them.
+        high = 1.0 if document.get("cost") == "macs" else 2.0
+        macs = self.numbers(document, "model_macs_fraction", count, high)
+        self.numbers(document, "resident_bytes", count, 2.0**63)
+        sizes = [sum(_bytes(module, i) for module in modules) for i in range(count)]
         for name in ("tokens", "seconds", "family_bytes"):
             if not _is_number(document.get(name), 2.0**63):
                 raise self.wrong(f"field {name!r}", "is no number from 0 on")
@@ -257,7 +330,10 @@ class _Reader:
             raise self.wrong("field 'skipped' or 'cost'", "is missing")
         if not all(isinstance(text, str) for text in skipped.values()):
             raise self.wrong("field 'skipped'", "holds something else than texts")
-        found = map(LevelSummary, costs, macs, map(int, sizes))
+        if not all(map(str.isprintable, (cost, *skipped, *skipped.values()))):
+            why = "holds characters that can't be printed"
+            raise self.wrong("field 'skipped' or 'cost'", why)
+        found = map(LevelSummary, costs, macs, sizes)
         return ConversionSummary(
             layers=tuple(layers),
             skipped=skipped,
@@ -265,8 +341,25 @@ class _Reader:
             tokens=int(document["tokens"]),
             seconds=document["seconds"],
             cost=cost,
-            resident_bytes=int(document["family_bytes"]),
+            resident_bytes=sum(module.resident_bytes for module in modules),
         )
+
+
+def _share(layer: LayerSummary, level: float) -> float:
+    """Multiply-adds of a layer at a level, as a share of the dense ones."""
+    sides = layer.out_features, layer.in_features
+    macs = form_macs(*sides, layer.ranks[level], layer.forms[level])
+    return macs / (sides[0] * sides[1])
+
+
+def _bytes(module: NestedLinear, index: int) -> int:
+    """Of the weights and biases that a level needs by itself."""
+    rank, form = module.plans[index]
+    sides = module.out_features, module.in_features
+    biases = sides[0] + (rank if form == "prefix" else 0)
+    if form == "dense" and module.bias is None:
+        biases = 0
+    return (form_macs(*sides, rank, form) + biases) * module.weight.itemsize
 
 
 def _is_number(value: Any, high: float) -> bool:
