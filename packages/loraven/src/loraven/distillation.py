@@ -7,7 +7,7 @@ Universally Slimmable Networks, 2019), because the levels share their factors: w
 helps one alone hurts the others.
 
 Decisions: only the factors are trained, never the original weights; each level's loss
-is divided by the root of what it was before, so that large budgets, whose losses are
+is divided by what it was before, so that large budgets, whose losses are
 small, keep their quality; an eighth of the data judges, and if any level got worse on
 it, the factors are put back.
 """
@@ -334,7 +334,7 @@ class _Lesson:
             with torch.enable_grad():
                 loss = self.loss(self.outputs(self.model, batch), reference)
                 self._finite(loss)
-                scaled = loss / before**0.5 if before > 0 else loss
+                scaled = loss / before if before > 0 else loss
             found = torch.autograd.grad(scaled, self.factors, allow_unused=True)
             for factor, gradient in zip(self.factors, found, strict=True):
                 if gradient is not None:
