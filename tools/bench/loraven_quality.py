@@ -152,22 +152,46 @@ def second_moments(
     return {name: total / count for name, total in sums.items()}
 
 
-@torch.no_grad()
-def plain_svd(layer: nn.Linear, rank: int) -> tuple[Tensor, Tensor]:
-    """The best map of a rank for inputs of all directions alike."""
-    u, s, v = torch.linalg.svd(layer.weight.double(), full_matrices=False)
-    return (u[:, :rank] * s[:rank]).float(), v[:rank].float()
+class Svd:
+    """Truncated SVD of layers, plain, or after Cholesky whitening of the inputs.
 
+    Whitened (SVD-LLM, Wang et al., 2024): with E x x^T = L L^T, the SVD of W L is cut
+    and multiplied by the inverse of L.
 
-@torch.no_grad()
-def whitened_svd(layer: nn.Linear, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """SVD after Cholesky whitening of the inputs (SVD-LLM, Wang et al., 2024)."""
-    eye = torch.eye(len(moment), dtype=moment.dtype)
-    damped = moment + 1e-6 * moment.diagonal().mean() * eye
-    root = torch.linalg.cholesky(damped)
-    u, s, v = torch.linalg.svd(layer.weight.double() @ root, full_matrices=False)
-    down = torch.linalg.solve_triangular(root, v[:rank], upper=False, left=False)
-    return (u[:, :rank] * s[:rank]).float(), down.float()
+    Args:
+        layers: The layers.
+        moments: E x x^T of their inputs; None: all directions count alike.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Linear],
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.layers = layers
+        self.parts = {}
+        for name, layer in layers.items():
+            weight = layer.weight.double()
+            root = None
+            if moments is not None:
+                moment = moments[name]
+                eye = torch.eye(len(moment), dtype=moment.dtype)
+                damping = 1e-6 * moment.diagonal().mean()
+                root = torch.linalg.cholesky(moment + damping * eye)
+                weight = weight @ root
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            if root is not None:
+                v = torch.linalg.solve_triangular(root, v, upper=False, left=False)
+            self.parts[name] = (u * s).float(), v.float()
+
+    def factors(self, level: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """Factors (out, r) and (r, in) of each layer at a level of its work."""
+        ranks = {name: equal_rank(layer, level) for name, layer in self.layers.items()}
+        return {
+            name: (up[:, : ranks[name]].contiguous(), down[: ranks[name]].contiguous())
+            for name, (up, down) in self.parts.items()
+        }
 
 
 def equal_rank(layer: nn.Linear, level: float) -> int:

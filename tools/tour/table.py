@@ -63,12 +63,14 @@ def against(report: dict[str, Any]) -> str:
 
 def print_seeds(report: dict[str, Any]) -> None:
     """Mean bits per character of every system, by seed."""
-    names = [row["name"] for row in report["rows"]]
-    table = Table("seed", *names, "promises", title="Mean of prose and code, by seed")
-    for entry in report["seeds"]:
-        values = [entry["bits_per_character"][name]["mean"] for name in names]
-        kept = "kept" if entry["kept"] else "not kept"
-        table.add_row(str(entry["seed"]), *map(figures.bits, values), kept)
+    seeds = report["seeds"]
+    table = Table("", *(f"seed {entry['seed']}" for entry in seeds))
+    table.title = "Mean of prose and code, by seed"
+    for name in (row["name"] for row in report["rows"]):
+        values = (entry["bits_per_character"][name]["mean"] for entry in seeds)
+        table.add_row(name, *map(figures.bits, values))
+    kept = ("kept" if entry["kept"] else "not kept" for entry in seeds)
+    table.add_row("promises", *kept)
     _console().print(table)
 
 
