@@ -33,7 +33,7 @@ DENSE, BARE = "nn.Linear", "the same two products, bare"
 
 
 def rows() -> Iterable[dict]:
-    """Yield all rows; about twenty-five minutes, ten of them distillation."""
+    """Yield all rows; ten minutes of them are distillation."""
     yield from encoder_quality()
     torch.set_num_threads(1)
     yield encoder_speed()

@@ -353,3 +353,30 @@ def test_a_conversion_in_inference_mode_can_be_trained_later(mlp):
             module.up.requires_grad_(True)
     model(x).square().mean().backward()
     assert model[0].up.grad.abs().sum() > 0
+
+
+@pytest.mark.critical
+def test_factors_keep_what_the_output_depends_on():
+    """Four outputs matter, and they vary least: only the metric can know."""
+
+    class Picking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(x)[:, :4]
+
+    torch.manual_seed(0)
+    model, x = Picking(), torch.randn(2000, 64)
+    with torch.no_grad():
+        model.layer.weight[4:] *= 10
+    before = model(x)
+    errors = []
+    for sensitivity in (True, False):
+        loraven.convert(model, [x], levels=(0.3, 1.0), sensitivity=sensitivity)
+        loraven.set_budget(model, 0.3)
+        errors.append((out(model, x) - before).square().sum() / before.square().sum())
+        loraven.revert(model)
+    assert errors[0] < 1e-2
+    assert errors[1] > 0.5

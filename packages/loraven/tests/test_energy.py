@@ -10,17 +10,7 @@ from hypothesis import strategies as st
 from loraven import EnergyEstimator, PerfEstimator, get_default_hardware_profile
 from torchworks_core.errors import InvalidValue
 
-NINE = {
-    "dram_energy_per_byte": 1e-6,
-    "l2_cache_energy_per_byte": 1e-7,
-    "l1_cache_energy_per_byte": 1e-8,
-    "compute_energy_per_flop": 1e-6,
-    "l1_cache_size": 64 * 1024,
-    "l2_cache_size": 1024 * 1024,
-    "gpu_cores": 5120,
-    "base_frequency": 1.5e9,
-    "thermal_design_power": 250.0,
-}
+NINE = get_default_hardware_profile()  # its values: test_specification.py
 
 
 @pytest.fixture

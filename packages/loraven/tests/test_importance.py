@@ -140,6 +140,23 @@ def test_outputs_of_tokens_that_are_not_valid_have_no_gradient(model):
         assert (gradient[valid] != 0).any(-1).all()
 
 
+def test_what_outputs_of_padding_do_counts_for_nothing(model):
+    """Positions mix here: padding hears of valid tokens, and they of padding."""
+    x, valid = torch.randn(2, 3, 6), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    found = []
+    for scale in (1.0, 1e3):
+
+        def forward(scale=scale):
+            h = model.second(model.act(model.first(x)))
+            mixed = h + h.mean(1, keepdim=True)
+            return torch.where(valid[..., None], mixed, mixed * scale), valid
+
+        (calls,) = collect(model, forward, 1)
+        found.append(calls.calls["first"][0].gradient)
+    torch.testing.assert_close(*found)
+    assert (found[0][~valid] == 0).all()
+
+
 def test_a_layer_that_runs_twice_counts_twice():
     torch.manual_seed(0)
     layer = nn.Linear(4, 4, bias=False)
@@ -175,14 +192,18 @@ def test_wide_layers_have_a_diagonal_metric():
     torch.manual_seed(0)
     layer = nn.Linear(3, 2049)
     x, weights = torch.randn(5, 3), torch.linspace(0, 2, 2049)
-    metrics = OutputMetrics()
+    metrics, total = OutputMetrics(), None
     forward = lambda: (layer(x).tanh() @ weights[:, None], None)  # noqa: E731
     for calls in gradients(
         forward, {"layer": layer}, projections=2, generator=random()
     ):
         metrics.add(calls)
+        squares = calls.calls["layer"][0].gradient.square().sum(0)
+        total = squares if total is None else total + squares
     metric = metrics.finish()["layer"]
     assert metric.shape == (2049,)
+    exact = 0.99 * total / total.mean() + 0.01
+    torch.testing.assert_close(metric.float(), exact, rtol=1e-4, atol=1e-5)
     assert metric.mean() == pytest.approx(1)
     assert metric.min() >= 0.01
 

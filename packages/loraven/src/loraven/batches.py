@@ -24,6 +24,7 @@ __all__ = [
     "evaluating",
     "main_output",
     "run",
+    "tensors_in",
     "trainable",
     "valid",
 ]
@@ -72,6 +73,18 @@ class Judge:
         """Run the model; its output, and the mask of valid positions."""
         found = main_output(run(model, batch), self.output)
         return found, valid(batch, self.token_mask)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in Mappings, tuples and lists, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def check_iterable(batches: Any, what: str) -> None:

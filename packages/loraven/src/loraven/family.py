@@ -10,13 +10,13 @@ integers in the modules, so two twins in two threads don't disturb each other.
 import copy
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
+from loraven.batches import tensors_in
 from loraven.checks import number
 from loraven.nested import NestedLinear
 from loraven.summary import ConversionSummary
@@ -260,7 +260,7 @@ def at_level(model: nn.Module, index: int) -> nn.Module:
     """`at_budget` by the number of a level; ``len(levels)`` is the dense form."""
     shared: dict[int, Any] = {}
     for module in model.modules():
-        shared |= {id(tensor): tensor for tensor in _tensors(vars(module))}
+        shared |= {id(tensor): tensor for tensor in tensors_in(vars(module))}
         if isinstance(module, NestedLinear):
             shared[id(module._freshness)] = module._freshness
     try:
@@ -302,18 +302,6 @@ def _without_copy(value: Any) -> dict[int, Any]:
             except TypeError:
                 found[id(one)] = one
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in an attribute, registered or not."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -8,12 +8,13 @@ parts agree on it: a loss over a part, or a cache, is no output of an example.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loraven.batches import tensors_in
 from torchworks_core.errors import InvalidValue
 
 __all__ = ["count", "merge", "select"]
@@ -32,21 +33,10 @@ def count(value: Any) -> int:
         >>> count(("text", {"ids": torch.zeros(3, 5)}))
         3
     """
-    found = next((x for x in _tensors(value) if x.ndim), None)
+    found = next((x for x in tensors_in(value) if x.ndim), None)
     if found is None:
         raise InvalidValue("a batch", "it has no tensor with a row for each example")
     return len(found)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
 
 
 def select(value: Any, rows: Tensor, examples: int) -> Any:
@@ -105,7 +95,7 @@ def _merge(parts: list[Any], sizes: list[int], order: Tensor, name: str) -> Any:
         listed = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise _refusal(name, f"it is of different types at the levels: {listed}")
     if isinstance(first, Tensor):
-        return _merge_tensors(parts, sizes, order, name)
+        return _mergetensors_in(parts, sizes, order, name)
     if isinstance(first, tuple | list):
         if len({len(part) for part in parts}) > 1:
             raise _refusal(name, "it has different lengths at the levels")
@@ -135,7 +125,7 @@ def _table(part: Any) -> Mapping[Any, Any]:
     return {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
 
 
-def _merge_tensors(
+def _mergetensors_in(
     parts: list[Tensor], sizes: list[int], order: Tensor, name: str
 ) -> Tensor:
     first = parts[0]
