@@ -166,6 +166,8 @@ std::string Connection::finish(Lock lock, Waiter& waiter,
   }
   std::string text = std::move(waiter.text);
   lock.unlock();
+  // An interrupt that came last is raised here: in the report it would be lost.
+  if (!failure) check_signals();
   report_wait(reason, Seconds(Clock::now() - start).count(), index_);
   if (failure) raise_error(failure->kind, failure_text(*failure, name()));
   return text;
